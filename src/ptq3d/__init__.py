@@ -1,0 +1,77 @@
+"""ptq3d: real INT8 engines for 3D medical image segmentation networks, with the evidence. Research use, not a medical device."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from ptq3d.artefacts import build
+    from ptq3d.compare import compare
+    from ptq3d.demo import demo
+    from ptq3d.inspection import inspect
+    from ptq3d.options import (
+        BuildOptions,
+        CalibrateOptions,
+        CompareOptions,
+        DemoOptions,
+        DeployOptions,
+        ExportOptions,
+        InspectOptions,
+        QuantizeOptions,
+        TrainOptions,
+    )
+    from ptq3d.pipeline import calibrate, export, quantize, train
+    from ptq3d.predict import deploy
+
+# public name -> module; loaded on first use, so that `import ptq3d` loads no torch, openvino or monai
+_MODULES = {
+    "BuildOptions": "options",
+    "CalibrateOptions": "options",
+    "CompareOptions": "options",
+    "DemoOptions": "options",
+    "DeployOptions": "options",
+    "ExportOptions": "options",
+    "InspectOptions": "options",
+    "QuantizeOptions": "options",
+    "TrainOptions": "options",
+    "build": "artefacts",
+    "calibrate": "pipeline",
+    "compare": "compare",
+    "demo": "demo",
+    "deploy": "predict",
+    "export": "pipeline",
+    "inspect": "inspection",
+    "quantize": "pipeline",
+    "train": "pipeline",
+}
+
+__all__ = [
+    "BuildOptions",
+    "CalibrateOptions",
+    "CompareOptions",
+    "DemoOptions",
+    "DeployOptions",
+    "ExportOptions",
+    "InspectOptions",
+    "QuantizeOptions",
+    "TrainOptions",
+    "__version__",
+    "build",
+    "calibrate",
+    "compare",
+    "demo",
+    "deploy",
+    "export",
+    "inspect",
+    "quantize",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(import_module(f"ptq3d.{_MODULES[name]}"), name)
+    raise AttributeError(f"module 'ptq3d' has no attribute '{name}'")

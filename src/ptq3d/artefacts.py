@@ -1,0 +1,116 @@
+"""Engine artefacts: built whole or not at all, kept by the hash of what they were built from, refused when changed."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from ptq3d import __version__
+from ptq3d.engines import choose_backend, get_backend
+from ptq3d.errors import OptionError
+from ptq3d.graphs.files import load_graph, static_input_shape
+from ptq3d.graphs.layers import shape_of
+from ptq3d.graphs.passes import simplify
+from ptq3d.manifest import FILE, Manifest, embedded, read_beside, sha256, write_beside
+from ptq3d.options import BuildOptions
+from ptq3d.pipeline import Written, class_names
+
+log = logging.getLogger("ptq3d")
+
+
+def build(options: BuildOptions) -> Written:
+    """ONNX -> a folder with the engine's own files and a manifest with their hashes.
+
+    Raises:
+        EngineError: the runtime refuses the graph.
+        UnavailableError: the engine is not on this machine.
+    """
+    name, why = choose_backend(options.engine)
+    output = options.output or options.onnx_path.with_suffix(f".{name}")
+    manifest = build_artefact(options.onnx_path, output, name)
+    size = artefact_size(output, manifest)
+    return Written(output, size, {"engine": name, "why": why, "files": dict(manifest.engine["files"])})
+
+
+def build_artefact(onnx: Path, folder: Path, engine: str, manifest: Manifest | None = None) -> Manifest:
+    """Build `onnx` for an engine into `folder`, whole or not at all.
+
+    Args:
+        onnx: FP32 or Q/DQ file.
+        folder: replaced where it holds an earlier artefact of ours.
+        engine: a backend's name.
+        manifest: for a foreign file; default: the one inside it, or class numbers and its own window.
+
+    Raises:
+        OptionError: the folder exists and is no artefact of ours.
+    """
+    backend = get_backend(engine)
+    if folder.exists() and not (folder / FILE).is_file():
+        raise OptionError(f"{folder} exists and is no engine of ptq3d; it is not overwritten. Choose another --output.")
+    model = simplify(load_graph(onnx))
+    if manifest is None:
+        manifest = embedded(model, where=onnx)
+    if manifest is None:
+        classes = shape_of(model.graph.outputs[0])[1]
+        manifest = Manifest(labels=class_names(None, None, classes), window=static_input_shape(model)[2:])
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        files = backend.build(onnx, scratch)
+        manifest = replace(manifest, source={onnx.name: sha256(onnx)})
+        manifest = write_beside(scratch, manifest, files, runtime=engine, version=backend.version())
+        scratch.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(scratch, folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return manifest
+
+
+def artefact_size(folder: Path, manifest: Manifest) -> int:
+    """Bytes of an artefact's files, without the manifest."""
+    return sum((folder / name).stat().st_size for name in manifest.engine["files"])
+
+
+def cached_artefact(model: Path, engine: str) -> tuple[Path, Manifest]:
+    """The artefact of a model: an engine folder as it is, an ONNX file built once and kept by the hash of its content.
+
+    Args:
+        model: an engine folder or an ONNX file.
+        engine: a backend's name or "auto"; an engine folder must agree with it.
+
+    Returns:
+        (folder, manifest), the files verified.
+
+    Raises:
+        OptionError: the folder is of another engine.
+        ManifestError: its files were changed.
+    """
+    if model.is_dir():
+        manifest = read_beside(model)
+        if engine not in ("auto", manifest.engine["name"]):
+            raise OptionError(
+                f"{model} is built for {manifest.engine['name']}, not for {engine}. Deploy it without --engine, or build it again."
+            )
+        get_backend(manifest.engine["name"])
+        return model, manifest
+    load_graph(model)
+    name, why = choose_backend(engine)
+    log.info("engine %s: %s", name, why)
+    version = "".join(letter if letter.isalnum() else "-" for letter in get_backend(name).version())
+    folder = cache_folder() / f"{sha256(model)[:32]}-{name}-{version}-{__version__}"
+    if (folder / FILE).is_file():
+        return folder, read_beside(folder)
+    return folder, build_artefact(model, folder, name)
+
+
+def cache_folder() -> Path:
+    """Where artefacts are kept: $PTQ3D_CACHE, or ptq3d in the user's cache folder."""
+    if "PTQ3D_CACHE" in os.environ:
+        return Path(os.environ["PTQ3D_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ptq3d"

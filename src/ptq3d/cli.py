@@ -1,0 +1,318 @@
+"""The command line: one function a verb. Options are the dataclasses of `ptq3d.options`; what is printed is here."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+from tyro.conf import subcommand
+
+from ptq3d.errors import Ptq3dError
+from ptq3d.options import (
+    BuildOptions,
+    CalibrateOptions,
+    Common,
+    CompareOptions,
+    DemoOptions,
+    DeployOptions,
+    ExportOptions,
+    InspectOptions,
+    QuantizeOptions,
+    TrainOptions,
+)
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ptq3d.compare import Comparison
+    from ptq3d.predict import CaseResult
+
+MEGABYTE = 1e6
+
+
+def train(options: TrainOptions) -> None:
+    """Run `ptq3d train`."""
+    result = _verb("ptq3d.pipeline", "train")(options)
+    _say(
+        options,
+        f"{result.best}: best checkpoint; loss {result.losses[0]:.3f} -> {result.losses[-1]:.3f} in {len(result.losses)} steps",
+    )
+    _report(options, {"best": str(result.best), "last": str(result.last), "losses": list(result.losses)})
+
+
+def export(options: ExportOptions) -> None:
+    """Run `ptq3d export`."""
+    written = _verb("ptq3d.pipeline", "export")(options)
+    error = written.facts["max_relative_error"]
+    _say(
+        options,
+        f"{written.path}: {_size(written.size_bytes)}, {written.facts['network']}; differs from PyTorch by {error:.1e} of the logits' span at most",
+    )
+    _report(options, {"path": str(written.path), "size_bytes": written.size_bytes, **written.facts})
+
+
+def calibrate(options: CalibrateOptions) -> None:
+    """Run `ptq3d calibrate`."""
+    written = _verb("ptq3d.pipeline", "calibrate")(options)
+    facts = written.facts
+    _say(
+        options,
+        f"{written.path}: {facts['windows']} windows of {' x '.join(map(str, facts['window']))} voxels from {len(facts['cases'])} cases",
+    )
+    _report(options, {"path": str(written.path), "size_bytes": written.size_bytes, **facts})
+
+
+def quantize(options: QuantizeOptions) -> None:
+    """Run `ptq3d quantize`."""
+    written = _verb("ptq3d.pipeline", "quantize")(options)
+    facts = written.facts
+    ratio = facts["fp32_size_bytes"] / written.size_bytes
+    _say(
+        options,
+        f"{written.path}: {_size(facts['fp32_size_bytes'])} -> {_size(written.size_bytes)} ({ratio:.2f} x smaller), "
+        f"{len(facts['int8_layers'])} layers with {facts['int8_mac_share']:.1%} of the multiply-accumulates planned in INT8",
+    )
+    for name, why in facts["float_layers"].items():
+        _say(options, f"  floating point: {name} ({why})")
+    _report(options, {"path": str(written.path), "size_bytes": written.size_bytes, **facts})
+
+
+def build(options: BuildOptions) -> None:
+    """Run `ptq3d build`."""
+    written = _verb("ptq3d.artefacts", "build")(options)
+    _say(options, f"{written.path}: {_size(written.size_bytes)} for {written.facts['engine']} ({written.facts['why']})")
+    _report(options, {"path": str(written.path), "size_bytes": written.size_bytes, **written.facts})
+
+
+def deploy(options: DeployOptions) -> None:
+    """Run `ptq3d deploy`."""
+    results = _verb("ptq3d.predict", "deploy")(options)
+    _show(options, _deploy_table(results))
+    rows = [
+        {
+            "case": r.name,
+            "labels": str(r.labels),
+            "seconds": dict(r.seconds),
+            "dice": _finite(r.dice),
+            "mean_dice": _number(r.mean_dice),
+        }
+        for r in results
+    ]
+    _report(options, {"cases": rows})
+
+
+def compare(options: CompareOptions) -> None:
+    """Run `ptq3d compare`."""
+    found = _verb("ptq3d.compare", "compare")(options)
+    _show(options, compare_table(found))
+    _report(options, found.to_dict())
+
+
+def inspect(options: InspectOptions) -> None:
+    """Run `ptq3d inspect`."""
+    found = _verb("ptq3d.inspection", "inspect")(options)
+    table = _table("", "", right=False)
+    for key, value in found.facts.items():
+        table.add_row(key, json.dumps(value) if isinstance(value, dict | list) else str(value))
+    _show(options, table)
+    if found.layers:
+        listed = _table("layer", "operator", "MMAC", "precision")
+        for layer in found.layers:
+            listed.add_row(layer.name, layer.op, f"{layer.macs / 1e6:.1f}", layer.precision)
+        _show(options, listed)
+    _report(options, found.to_dict())
+
+
+def demo(options: DemoOptions) -> None:
+    """Run `ptq3d demo`."""
+    found = _verb("ptq3d.demo", "demo")(options)
+    if found is None:
+        _say(
+            options,
+            f"{options.data_only}: {options.train_cases} training and {options.test_cases} test phantoms in BTCV layout",
+        )
+        return
+    _show(options, compare_table(found))
+    _say(options, f"{options.output_dir}: checkpoint, ONNX files, label maps, report.json and report.png")
+    _report(options, found.to_dict())
+
+
+VERBS: Mapping[type[Common], Callable[..., None]] = {
+    TrainOptions: train,
+    ExportOptions: export,
+    CalibrateOptions: calibrate,
+    QuantizeOptions: quantize,
+    BuildOptions: build,
+    DeployOptions: deploy,
+    CompareOptions: compare,
+    InspectOptions: inspect,
+    DemoOptions: demo,
+}
+
+Command = (
+    Annotated[TrainOptions, subcommand("train")]
+    | Annotated[ExportOptions, subcommand("export")]
+    | Annotated[CalibrateOptions, subcommand("calibrate")]
+    | Annotated[QuantizeOptions, subcommand("quantize")]
+    | Annotated[BuildOptions, subcommand("build")]
+    | Annotated[DeployOptions, subcommand("deploy")]
+    | Annotated[CompareOptions, subcommand("compare")]
+    | Annotated[InspectOptions, subcommand("inspect")]
+    | Annotated[DemoOptions, subcommand("demo")]
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 1 for a fault, 2 for the user's mistake."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given == ["--version"]:
+        from ptq3d import __version__
+
+        sys.stdout.write(f"ptq3d {__version__}\n")
+        return 0
+    options = tyro.cli(
+        Command, args=given, prog="ptq3d", description=DESCRIPTION, config=(tyro.conf.FlagCreatePairsOff,)
+    )
+    return run(options)
+
+
+DESCRIPTION = (
+    "Real INT8 engines for 3D medical image segmentation networks, with the evidence that the segmentations did not change. "
+    "Research use, not a medical device."
+)
+
+
+def run(options: Common) -> int:
+    """Run the verb that `options` belong to; errors of ptq3d become one line on stderr and an exit code."""
+    logging.basicConfig(
+        stream=sys.stderr,
+        format="%(levelname)s: %(message)s",
+        level=logging.ERROR if options.quiet else logging.WARNING,
+    )
+    try:
+        VERBS[type(options)](options)
+    except Ptq3dError as error:
+        if options.debug:
+            raise
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        return error.exit_code
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return 130
+    except OSError as error:
+        if options.debug:
+            raise
+        sys.stderr.write(
+            f"{type(error).__name__}: {error}. Check the path, its permissions and the space on its disk.\n"
+        )
+        return 1
+    return 0
+
+
+def _verb(module: str, name: str) -> Callable[..., Any]:
+    return getattr(import_module(module), name)  # type: ignore[no-any-return]
+
+
+def _report(options: Common, content: Mapping[str, Any]) -> None:
+    if options.report is not None:
+        from ptq3d.manifest import write_text
+
+        write_text(options.report, json.dumps(content, indent=1, default=str) + "\n")
+
+
+def _say(options: Common, line: str) -> None:
+    if not options.quiet:
+        sys.stdout.write(line + "\n")
+
+
+def _show(options: Common, table: Table) -> None:
+    if options.quiet:
+        return
+    from rich.console import Console
+
+    console = Console(file=sys.stdout)
+    if not console.is_terminal:
+        console = Console(file=sys.stdout, width=200)
+    console.print(table)
+
+
+def _table(*columns: str, right: bool = True) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, show_header=any(columns))
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index and right else "left", overflow="fold")
+    return table
+
+
+def _size(size_bytes: int) -> str:
+    return f"{size_bytes / MEGABYTE:.2f} MB"
+
+
+def _number(value: float) -> float | None:
+    return None if value != value else value
+
+
+def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: _number(value) for name, value in values.items()}
+
+
+def _deploy_table(results: Sequence[CaseResult]) -> Table:
+    steps = list(results[0].seconds)
+    table = _table("case", *(f"{step} s" for step in steps), *(["mean Dice"] if results[0].dice else []))
+    for result in results:
+        dice = [f"{result.mean_dice:.4f}"] if result.dice else []
+        table.add_row(result.name, *(f"{result.seconds[step]:.2f}" for step in steps), *dice)
+    for name in results[0].dice:
+        values = [value for result in results if not (value := result.dice[name]) != value]
+        table.add_row(f"  {name}", *[""] * len(steps), f"{sum(values) / len(values):.4f}" if values else "absent")
+    return table
+
+
+def compare_table(found: Comparison) -> Table:
+    """A comparison for people; ratios are against the first row."""
+    table = _table(
+        "",
+        "engine",
+        "precision",
+        "MB",
+        "x",
+        "window ms (p5-p95)",
+        "x",
+        "case s",
+        "GB",
+        "Dice",
+        "change [95 %]",
+        "fidelity",
+        "INT8 MACs",
+    )
+    first = found.rows[0]
+    for row in found.rows:
+        change = row.dice_change
+        table.add_row(
+            Path(row.name.split("@")[0]).name,
+            row.engine,
+            row.precision,
+            f"{row.size_bytes / MEGABYTE:.2f}",
+            f"{first.size_bytes / row.size_bytes:.2f}",
+            f"{row.latency.median:.1f} ({row.latency.p5:.1f}-{row.latency.p95:.1f})",
+            f"{first.latency.median / row.latency.median:.2f}",
+            f"{sum(row.case_seconds) / len(row.case_seconds):.2f}",
+            f"{row.peak_memory_bytes / 1e9:.2f}",
+            "-" if row.mean_dice is None else f"{row.mean_dice:.4f}",
+            "-" if change is None else f"{change.mean:+.4f} [{change.low:+.4f}, {change.high:+.4f}]",
+            f"{sum(row.fidelity) / len(row.fidelity):.4f}",
+            f"{row.int8_mac_share:.1%}",
+        )
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""What every engine and every backend is: the protocols, and the data they exchange."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Protocol, Self, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from ptq3d.errors import ShapeError
+
+Windows = npt.NDArray[np.float32]
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """The shapes an engine takes and gives.
+
+    Args:
+        channels: C of its input.
+        window: (X, Y, Z) of its input and output, in voxels.
+        classes: K of its output.
+    """
+
+    channels: int
+    window: tuple[int, int, int]
+    classes: int
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How to run an artefact.
+
+    Args:
+        device: the runtime's own name of it ("CPU", "cuda:0"); "auto" is the backend's first choice.
+        precision: of what the graph itself does not quantize.
+        threads: CPU threads, 0 for all.
+    """
+
+    device: str = "auto"
+    precision: Precision = "fp32"
+    threads: int = 0
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What ran, as the runtime reports it.
+
+    Args:
+        name: the layer's name in the graph.
+        op: the runtime's name of what it does.
+        precision: "int8", "fp32", "bf16", "fp16".
+        macs: multiply-accumulates of one window.
+    """
+
+    name: str
+    op: str
+    precision: str
+    macs: int
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """A network on a device. Equal input gives equal output on the same device."""
+
+    @property
+    def spec(self) -> EngineSpec:
+        """The shapes it takes and gives."""
+
+    def __call__(self, windows: Windows) -> Windows:
+        """Logits (n, K, X, Y, Z) float32 of windows (n, C, X, Y, Z) float32.
+
+        Raises:
+            ShapeError: another shape or dtype.
+            EngineError: the runtime failed, or the engine is closed.
+        """
+
+    def layers(self) -> tuple[LayerReport, ...]:
+        """Every multiplying layer with the precision in which it runs, as the runtime reports it."""
+
+    def close(self) -> None:
+        """Free the network; calling it again does nothing."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class Backend(Protocol):
+    """A runtime; each is one module of this package with these functions."""
+
+    def unavailable(self) -> str | None:
+        """Why this machine cannot run it, with the pip line that mends it; None where it can. Never raises."""
+
+    def version(self) -> str:
+        """The runtime's own version; artefacts are rebuilt when it changes."""
+
+    def build(self, onnx: Path, folder: Path) -> tuple[Path, ...]:
+        """Write the artefact of `onnx` into `folder`.
+
+        Returns:
+            The files it wrote.
+
+        Raises:
+            EngineError: the runtime refuses the graph.
+        """
+
+    def open(self, folder: Path, options: EngineOptions) -> Engine:
+        """The engine of an artefact.
+
+        Raises:
+            EngineError: the runtime cannot load it.
+            UnavailableError: no such device or precision.
+        """
+
+
+def require_windows(windows: Windows, spec: EngineSpec) -> None:
+    """Check the input of an engine.
+
+    Raises:
+        ShapeError: not (n >= 1, C, X, Y, Z) float32 of the engine's channels and window.
+    """
+    wanted = (spec.channels, *spec.window)
+    if windows.ndim != 5 or windows.shape[1:] != wanted or not len(windows) or windows.dtype != np.float32:
+        shape = " x ".join(str(size) for size in wanted)
+        raise ShapeError(
+            f"this engine takes windows of shape (n, {shape}) float32, it was given {windows.shape} {windows.dtype}."
+        )
+
+
+def int8_mac_share(layers: Sequence[LayerReport]) -> float:
+    """The share of multiply-accumulates that run in INT8, 0..1."""
+    total = sum(layer.macs for layer in layers)
+    return sum(layer.macs for layer in layers if layer.precision == "int8") / max(total, 1)

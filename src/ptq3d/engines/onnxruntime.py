@@ -1,0 +1,136 @@
+"""ONNX Runtime on the CPU."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from ptq3d.engines.base import EngineOptions, EngineSpec, LayerReport, Windows, require_windows
+from ptq3d.errors import EngineError, OptionError, UnavailableError
+from ptq3d.graphs.files import load_graph, save_graph, static_input_shape
+from ptq3d.graphs.layers import Layer, layers, shape_of
+from ptq3d.graphs.passes import simplify
+
+ARTEFACT = "model.onnx"
+
+
+def unavailable() -> str | None:
+    """Why ONNX Runtime cannot run here, None where it can."""
+    try:
+        import onnxruntime  # noqa: F401
+    except (ImportError, OSError) as error:
+        return f"{error}; mend it with: pip install ptq3d[onnxruntime]"
+    return None
+
+
+def version() -> str:
+    """ONNX Runtime's version."""
+    import onnxruntime
+
+    return str(onnxruntime.__version__)
+
+
+def build(onnx: Path, folder: Path) -> tuple[Path, ...]:
+    """The simplified graph as `model.onnx`.
+
+    Raises:
+        GraphError: the graph is invalid.
+    """
+    save_graph(simplify(load_graph(onnx)), folder / ARTEFACT)
+    external = folder / f"{ARTEFACT}.data"
+    return (folder / ARTEFACT, external) if external.exists() else (folder / ARTEFACT,)
+
+
+def open(folder: Path, options: EngineOptions) -> OnnxRuntimeEngine:
+    """The engine of an artefact.
+
+    Raises:
+        EngineError: ONNX Runtime cannot load it.
+        UnavailableError: another device than the CPU.
+        OptionError: another precision than FP32.
+    """
+    import onnxruntime
+
+    if options.device not in ("auto", "CPU", "cpu"):
+        raise UnavailableError(f"the onnxruntime engine runs on the CPU, not on '{options.device}'.")
+    if options.precision != "fp32":
+        raise OptionError(f"the onnxruntime engine runs in fp32, not in '{options.precision}'.")
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = options.threads
+    settings.log_severity_level = 3
+    with tempfile.TemporaryDirectory() as scratch:
+        optimized = Path(scratch) / ARTEFACT
+        settings.optimized_model_filepath = str(optimized)
+        try:
+            session = onnxruntime.InferenceSession(folder / ARTEFACT, settings, providers=["CPUExecutionProvider"])
+        except (RuntimeError, ValueError) as error:
+            raise EngineError(f"ONNX Runtime cannot load {folder / ARTEFACT}: {error}") from error
+        operators = _executed_operators(optimized)
+    return OnnxRuntimeEngine(folder / ARTEFACT, session, operators)
+
+
+def _executed_operators(optimized: Path) -> dict[str, str]:
+    """Output tensor -> operator, of the graph that ONNX Runtime runs after its own fusions."""
+    import onnx
+
+    graph = onnx.load(str(optimized), load_external_data=False).graph
+    return {output: node.op_type for node in graph.node for output in node.output}
+
+
+class OnnxRuntimeEngine:
+    """An ONNX Runtime session on the CPU provider."""
+
+    def __init__(self, path: Path, session: Any, operators: dict[str, str]) -> None:
+        model = simplify(load_graph(path))
+        self._session, self._operators = session, operators
+        self._layers: tuple[Layer, ...] = tuple(layers(model))
+        self._model = model
+        batch, channels, x, y, z = static_input_shape(model)
+        self._batch = batch
+        self._spec = EngineSpec(channels, (x, y, z), shape_of(model.graph.outputs[0])[1])
+
+    @property
+    def spec(self) -> EngineSpec:
+        """The shapes it takes and gives."""
+        return self._spec
+
+    def __call__(self, windows: Windows) -> Windows:
+        """Logits of windows; see `Engine`."""
+        if self._session is None:
+            raise EngineError("this ONNX Runtime engine is closed. Open the artefact again.")
+        require_windows(windows, self._spec)
+        name = self._session.get_inputs()[0].name
+        output = self._session.get_outputs()[0].name
+        pieces = [self._session.run([output], {name: window[None]})[0] for window in windows]
+        return np.concatenate(pieces).astype(np.float32, copy=False)
+
+    def layers(self) -> tuple[LayerReport, ...]:
+        """Every multiplying layer; INT8 where ONNX Runtime made an integer operator of it."""
+        return tuple(LayerReport(layer.name, *self._ran_as(layer), layer.macs) for layer in self._layers)
+
+    def _ran_as(self, layer: Layer) -> tuple[str, str]:
+        """(operator, precision): a fused integer layer gives the tensor of the QuantizeLinear that follows it."""
+        waiting = [next(node.outputs[0] for node in self._model.graph if node.name == layer.name)]
+        while waiting:
+            value = waiting.pop(0)
+            operator = self._operators.get(str(value.name))
+            if operator is not None:
+                return operator, "int8" if operator.startswith("QLinear") or "Integer" in operator else "fp32"
+            waiting += [output for node, _ in value.uses() for output in node.outputs]
+        return layer.op, "fp32"
+
+    def close(self) -> None:
+        """Free the session."""
+        self._session = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,238 @@
+"""OpenVINO on the CPU (and any other device it names): the default engine."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from ptq3d.engines.base import EngineOptions, EngineSpec, LayerReport, Windows, require_windows
+from ptq3d.errors import EngineError, GraphError, OptionError, UnavailableError
+
+os.environ.setdefault("OPENVINO_TELEMETRY_OPT_OUT", "1")
+PRECISIONS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
+REPORTED = {"u8": "int8", "i8": "int8", "f32": "fp32", "bf16": "bf16", "f16": "fp16"}
+ARTEFACT = "model.xml"
+
+
+def unavailable() -> str | None:
+    """Why OpenVINO cannot run here, None where it can."""
+    try:
+        import openvino  # noqa: F401
+    except (ImportError, OSError) as error:
+        return f"{error}; mend it with: pip install openvino"
+    return None
+
+
+def version() -> str:
+    """OpenVINO's version."""
+    import openvino
+
+    return str(openvino.__version__)
+
+
+def build(onnx: Path, folder: Path) -> tuple[Path, ...]:
+    """OpenVINO IR of an ONNX file: `model.xml` (graph) and `model.bin` (weights, INT8 ones as INT8).
+
+    Args:
+        onnx: FP32 or Q/DQ.
+        folder: where the two files go; made where missing.
+
+    Raises:
+        EngineError: OpenVINO refuses the graph.
+    """
+    import openvino
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with _engine_errors(f"OpenVINO cannot convert {onnx}"):
+        openvino.save_model(openvino.convert_model(onnx), folder / ARTEFACT, compress_to_fp16=False)
+    return folder / ARTEFACT, folder / "model.bin"
+
+
+def open(folder: Path, options: EngineOptions) -> OpenVinoEngine:
+    """The engine of an artefact.
+
+    Raises:
+        EngineError: OpenVINO cannot read or compile it.
+        UnavailableError: no such device.
+    """
+    import openvino
+
+    core = openvino.Core()
+    device = "CPU" if options.device == "auto" else options.device
+    if device.split(".")[0] not in {name.split(".")[0] for name in core.available_devices}:
+        raise UnavailableError(f"OpenVINO has no device '{device}' here, only: {', '.join(core.available_devices)}.")
+    with _engine_errors(f"OpenVINO cannot load {folder / ARTEFACT}"):
+        model = core.read_model(folder / ARTEFACT)
+        return OpenVinoEngine(model, core.compile_model(model, device, _settings(options)))
+
+
+def _settings(options: EngineOptions) -> dict[str, Any]:
+    if options.precision not in PRECISIONS:
+        raise OptionError(f"OpenVINO runs in {', '.join(PRECISIONS)}, not in '{options.precision}'.")
+    settings: dict[str, Any] = {
+        "INFERENCE_PRECISION_HINT": PRECISIONS[options.precision],
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    if options.threads:
+        settings["INFERENCE_NUM_THREADS"] = options.threads
+    return settings
+
+
+class OpenVinoEngine:
+    """A compiled network; windows go in and come out without copies beyond the result."""
+
+    def __init__(self, model: Any, compiled: Any) -> None:
+        self._model, self._compiled = model, compiled
+        self._request = compiled.create_infer_request()
+        shape, output = model.input(0).get_shape(), model.output(0).get_shape()
+        self._batch = int(shape[0])
+        self._spec = EngineSpec(int(shape[1]), (int(shape[2]), int(shape[3]), int(shape[4])), int(output[1]))
+
+    @property
+    def spec(self) -> EngineSpec:
+        """The shapes it takes and gives."""
+        return self._spec
+
+    def __call__(self, windows: Windows) -> Windows:
+        """Logits of windows; see `Engine`."""
+        if self._request is None:
+            raise EngineError("this OpenVINO engine is closed. Open the artefact again.")
+        require_windows(windows, self._spec)
+        logits = np.empty((len(windows), self._spec.classes, *self._spec.window), np.float32)
+        for start in range(0, len(windows), self._batch):
+            piece = windows[start : start + self._batch]
+            with _engine_errors("OpenVINO failed while it ran the network"):
+                result = self._request.infer({0: _padded(piece, self._batch)}, share_inputs=True, share_outputs=True)
+            logits[start : start + len(piece)] = result[0][: len(piece)]
+        return logits
+
+    def layers(self) -> tuple[LayerReport, ...]:
+        """Every multiplying layer with its precision in the execution graph."""
+        if self._compiled is None:
+            raise EngineError("this OpenVINO engine is closed. Open the artefact again.")
+        return tuple(_reports(self._model, _executed(self._compiled)))
+
+    def close(self) -> None:
+        """Free the network."""
+        self._request = self._compiled = self._model = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _padded(windows: Windows, batch: int) -> Windows:
+    missing = batch - len(windows)
+    if not missing:
+        return np.ascontiguousarray(windows)
+    return np.concatenate([windows, np.zeros((missing, *windows.shape[1:]), np.float32)])
+
+
+def _executed(compiled: Any) -> dict[str, tuple[str, str]]:
+    """Name of a layer of the model -> (operation, precision) of the node of the execution graph that holds it."""
+    executed = {}
+    for node in compiled.get_runtime_model().get_ops():
+        info = {
+            key: node.get_rt_info()[key].astype(str) for key in ("originalLayersNames", "layerType", "runtimePrecision")
+        }
+        for name in info["originalLayersNames"].split(","):
+            executed[name] = (info["layerType"], info["runtimePrecision"])
+    return executed
+
+
+def _reports(model: Any, executed: Mapping[str, tuple[str, str]]) -> Iterator[LayerReport]:
+    for operation in model.get_ordered_ops():
+        macs = MACS.get(operation.get_type_name())
+        if macs is None:
+            continue
+        name = operation.get_friendly_name()
+        kind, precision = executed.get(name, ("not in the execution graph", "f32"))
+        yield LayerReport(
+            name.removesuffix("/WithoutBiases"), kind, REPORTED.get(precision, precision), macs(operation)
+        )
+
+
+def _shape(port: Any) -> list[int]:
+    return [int(size) for size in port.get_shape()]
+
+
+def _forward_macs(operation: Any, weight_from: int) -> int:
+    return math.prod(_shape(operation.output(0))) * math.prod(_shape(operation.input(1))[weight_from:])
+
+
+def _backward_macs(operation: Any, weight_from: int) -> int:
+    return math.prod(_shape(operation.input(0))) * math.prod(_shape(operation.input(1))[weight_from:])
+
+
+def _product_macs(operation: Any) -> int:
+    transposed = operation.get_attributes().get("transpose_a", False)
+    return math.prod(_shape(operation.output(0))) * _shape(operation.input(0))[-2 if transposed else -1]
+
+
+MACS: Mapping[str, Callable[[Any], int]] = {
+    "Convolution": lambda operation: _forward_macs(operation, 1),
+    "GroupConvolution": lambda operation: _forward_macs(operation, 2),
+    "ConvolutionBackpropData": lambda operation: _backward_macs(operation, 1),
+    "GroupConvolutionBackpropData": lambda operation: _backward_macs(operation, 2),
+    "MatMul": _product_macs,
+}
+
+
+def tap(
+    onnx: Path, tensors: Sequence[str], windows: Iterable[Windows], *, threads: int = 0
+) -> Iterator[dict[str, Windows]]:
+    """The FP32 values of inner tensors, window by window; what calibration watches.
+
+    Args:
+        onnx: an FP32 graph.
+        tensors: names of inner tensors of that graph.
+        windows: each (1, C, X, Y, Z) float32.
+        threads: CPU threads, 0 for all.
+
+    Yields:
+        name -> values of that window; valid until the next one is asked for.
+
+    Raises:
+        GraphError: the graph has no such tensor.
+        EngineError: OpenVINO fails.
+    """
+    import openvino
+
+    core = openvino.Core()
+    with _engine_errors(f"OpenVINO cannot load {onnx}"):
+        model = core.read_model(onnx)
+    try:
+        model.add_outputs(list(tensors))
+    except RuntimeError as error:
+        raise GraphError(f"{onnx}: a tensor to observe is missing ({error}).") from error
+    with _engine_errors(f"OpenVINO cannot compile {onnx}"):
+        request = core.compile_model(model, "CPU", _settings(EngineOptions(threads=threads))).create_infer_request()
+    for window in windows:
+        with _engine_errors("OpenVINO failed while it calibrated the network"):
+            request.infer({0: np.ascontiguousarray(window)}, share_inputs=True)
+        yield {name: request.get_tensor(name).data for name in tensors}
+
+
+class _engine_errors:  # noqa: N801
+    """Turns OpenVINO's RuntimeError into an EngineError that says what was tried."""
+
+    def __init__(self, tried: str) -> None:
+        self.tried = tried
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, RuntimeError):
+            raise EngineError(f"{self.tried}: {str(error).strip().splitlines()[-1]}") from error

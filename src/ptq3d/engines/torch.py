@@ -1,0 +1,193 @@
+"""Eager PyTorch, on the CPU or on CUDA: an ONNX graph op by op in floating point; Q/DQ rounds as ONNX says."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from ptq3d.engines.base import EngineOptions, EngineSpec, LayerReport, Windows, require_windows
+from ptq3d.engines.operators import OPERATORS, attributes_of
+from ptq3d.errors import EngineError, GraphError, OptionError, UnavailableError
+from ptq3d.graphs.files import load_graph, static_input_shape
+from ptq3d.graphs.layers import layers, shape_of
+from ptq3d.graphs.passes import simplify
+
+ARTEFACT = "model.onnx"
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LIMITS = {torch.int8: (-128, 127), torch.uint8: (0, 255)}
+
+
+def unavailable() -> str | None:
+    """None: torch is a dependency of ptq3d itself."""
+    return None
+
+
+def version() -> str:
+    """PyTorch's version."""
+    return str(torch.__version__)
+
+
+def build(onnx: Path, folder: Path) -> tuple[Path, ...]:
+    """The ONNX file itself, checked to hold only operators that this engine knows.
+
+    Raises:
+        EngineError: it holds others; all of them are named.
+    """
+    graph = simplify(load_graph(onnx)).graph
+    unknown = sorted({node.op_type for node in graph} - set(OPERATORS) - {"QuantizeLinear", "DequantizeLinear"})
+    if unknown:
+        raise EngineError(
+            f"{onnx}: the torch engine does not know {', '.join(unknown)}. Use --engine openvino or onnxruntime."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    written = [folder / ARTEFACT]
+    shutil.copyfile(onnx, written[0])
+    for external in onnx.parent.glob(f"{onnx.name}.data"):
+        written.append(folder / external.name)
+        shutil.copyfile(external, written[-1])
+    return tuple(written)
+
+
+def open(folder: Path, options: EngineOptions) -> TorchEngine:
+    """The engine of an artefact; "auto" is CUDA where there is one.
+
+    Raises:
+        UnavailableError: no such device.
+        OptionError: no such precision.
+    """
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device.lower()
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UnavailableError(
+            f"PyTorch sees no CUDA device here, so '{options.device}' cannot be used. Choose --device cpu."
+        )
+    if options.precision not in TYPES:
+        raise OptionError(f"the torch engine runs in {', '.join(TYPES)}, not in '{options.precision}'.")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    return TorchEngine(folder / ARTEFACT, torch.device(name), TYPES[options.precision])
+
+
+class TorchEngine:
+    """An ONNX graph run node by node."""
+
+    precision = "fp32"
+
+    def __init__(self, path: Path, device: torch.device, dtype: torch.dtype) -> None:
+        model = simplify(load_graph(path))
+        _, channels, x, y, z = static_input_shape(model)
+        self._spec = EngineSpec(channels, (x, y, z), shape_of(model.graph.outputs[0])[1])
+        self._model: ir.Model | None = model
+        self._device, self._dtype = device, dtype
+        self._constants = {str(value.name): self._constant(value) for value in model.graph.initializers.values()}
+        self._attributes = {node.name: attributes_of(node) for node in model.graph}
+        self._last_use = {value.name: node.name for node in model.graph for value in node.inputs if value is not None}
+
+    def _constant(self, value: ir.Value) -> Tensor:
+        if value.const_value is None:
+            raise GraphError(f"the weight '{value.name}' has no value.")
+        tensor = torch.from_numpy(value.const_value.numpy().copy()).to(self._device)
+        return tensor.to(self._dtype) if tensor.is_floating_point() and tensor.ndim > 1 else tensor
+
+    @property
+    def spec(self) -> EngineSpec:
+        """The shapes it takes and gives."""
+        return self._spec
+
+    @torch.inference_mode()
+    def __call__(self, windows: Windows) -> Windows:
+        """Logits of windows; see `Engine`."""
+        if self._model is None:
+            raise EngineError("this engine is closed. Open the artefact again.")
+        require_windows(windows, self._spec)
+        logits = [
+            self._run(torch.from_numpy(window[None]).to(self._device)).float().cpu().numpy() for window in windows
+        ]
+        return np.concatenate(logits)
+
+    def _run(self, x: Tensor) -> Tensor:
+        if self._model is None:
+            raise EngineError("this engine is closed. Open the artefact again.")
+        graph = self._model.graph
+        values: dict[str | None, Any] = {}
+        values.update(self._constants)
+        values[graph.inputs[0].name] = x.to(self._dtype)
+        for node in graph:
+            inputs = [None if value is None else values[value.name] for value in node.inputs]
+            values[node.outputs[0].name] = self._apply(node, inputs)
+            for value in node.inputs:
+                if value is not None and self._last_use[value.name] == node.name and value.producer() is not None:
+                    values.pop(value.name, None)
+        result: Tensor = self._finish(values[graph.outputs[0].name])
+        return result
+
+    def _finish(self, value: Any) -> Tensor:
+        tensor: Tensor = value
+        return tensor
+
+    def _apply(self, node: ir.Node, inputs: list[Any]) -> Any:
+        attributes = self._attributes[node.name]
+        if node.op_type == "QuantizeLinear":
+            return quantize(attributes, *inputs)
+        if node.op_type == "DequantizeLinear":
+            return dequantize(attributes, *inputs).to(self._dtype)
+        return OPERATORS[node.op_type](attributes, *(self._as_type(value) for value in inputs))
+
+    def _as_type(self, value: Any) -> Any:
+        """Small constants (bias, norm) are kept in FP32 and join the others' type here."""
+        floating = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(self._dtype) if floating else value
+
+    def layers(self) -> tuple[LayerReport, ...]:
+        """Every multiplying layer; all run in the engine's floating-point type."""
+        if self._model is None:
+            raise EngineError("this engine is closed. Open the artefact again.")
+        names = {dtype: name for name, dtype in TYPES.items()}
+        return tuple(LayerReport(layer.name, layer.op, names[self._dtype], layer.macs) for layer in layers(self._model))
+
+    def close(self) -> None:
+        """Free the graph and its weights."""
+        self._model = None
+        self._constants = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def along(axis: int, tensor: Tensor, rank: int) -> Tensor:
+    """A (K,) tensor shaped to broadcast along an axis of a tensor of that rank; a scalar stays one."""
+    if tensor.numel() == 1:
+        return tensor.reshape(())
+    shape = [1] * rank
+    shape[axis] = -1
+    return tensor.reshape(shape)
+
+
+def quantize(attributes: dict[str, Any], x: Tensor, step: Tensor, zero_point: Tensor | None = None) -> Tensor:
+    """QuantizeLinear: clip(round_half_even(x / step) + zero_point)."""
+    axis = attributes.get("axis", 1)
+    dtype = torch.uint8 if zero_point is None else zero_point.dtype
+    levels = torch.round(x.float() / along(axis, step.float(), x.ndim))
+    if zero_point is not None:
+        levels = levels + along(axis, zero_point.float(), x.ndim)
+    return levels.clamp(*LIMITS[dtype]).to(dtype)
+
+
+def dequantize(attributes: dict[str, Any], q: Tensor, step: Tensor, zero_point: Tensor | None = None) -> Tensor:
+    """DequantizeLinear: (q - zero_point) * step, float32."""
+    axis = attributes.get("axis", 1)
+    centred = q.to(torch.int32)
+    if zero_point is not None:
+        centred = centred - along(axis, zero_point.to(torch.int32), q.ndim)
+    return centred.float() * along(axis, step.float(), q.ndim)

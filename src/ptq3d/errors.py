@@ -1,0 +1,77 @@
+"""Every error ptq3d raises on purpose.
+
+Ptq3dError                 exit 1: a fault that is not the user's
+├── EngineError            a runtime refused to build or run a network
+└── InputError             exit 2: what was given cannot be used, and the message says how to mend it
+    ├── FileError          missing, unreadable, truncated, of the wrong format or rank
+    ├── GeometryError      singular affine, zero spacing, image and label on different grids
+    ├── IntensityError     NaN or infinite voxels, an intensity rule that cannot be applied
+    ├── LabelError         label values outside the classes, an image without its label
+    ├── CheckpointError    weights of another network, or a file that needs code to load
+    ├── GraphError         an ONNX graph that is invalid, dynamic where it must not be, or of the wrong channels
+    ├── ManifestError      a manifest that is missing, of another version, or does not match its files
+    ├── CalibrationError   windows of another shape, non-finite values, a tensor without a range
+    ├── ShapeError         an array of another shape or dtype than the one wanted
+    ├── OptionError        a combination of options that has no meaning
+    └── UnavailableError   an engine, device or library that is not on this machine
+"""
+
+
+class Ptq3dError(Exception):
+    """Root of the tree; `exit_code` is what the command line returns for it."""
+
+    exit_code = 1
+
+
+class EngineError(Ptq3dError):
+    """A runtime refused to build or run a network."""
+
+
+class InputError(Ptq3dError):
+    """What was given cannot be used."""
+
+    exit_code = 2
+
+
+class FileError(InputError):
+    """A file is missing, unreadable, truncated, or of the wrong format or rank."""
+
+
+class GeometryError(InputError):
+    """A grid is singular, has zero spacing, or differs from the grid it must share."""
+
+
+class IntensityError(InputError):
+    """Voxels are NaN or infinite, or an intensity rule cannot be applied."""
+
+
+class LabelError(InputError):
+    """Labels lie outside the classes, or an image has none where one is needed."""
+
+
+class CheckpointError(InputError):
+    """Weights belong to another network, or their file needs code to load."""
+
+
+class GraphError(InputError):
+    """An ONNX graph is invalid or does not fit what is asked of it."""
+
+
+class ManifestError(InputError):
+    """A manifest is missing, of another version, or does not match its files."""
+
+
+class CalibrationError(InputError):
+    """Calibration windows or the ranges drawn from them cannot be used."""
+
+
+class ShapeError(InputError):
+    """An array has another shape or dtype than the one wanted."""
+
+
+class OptionError(InputError):
+    """A combination of options has no meaning."""
+
+
+class UnavailableError(InputError):
+    """An engine, device or library is not on this machine."""

@@ -1,0 +1,85 @@
+"""Graph to graph: the simplifications that come before quantization. Exact up to float rounding."""
+
+from __future__ import annotations
+
+import logging
+
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from ptq3d.errors import GraphError
+
+FOLD_LIMIT_BYTES = 1 << 31
+QDQ = ("QuantizeLinear", "DequantizeLinear")
+
+
+def simplify(model: ir.Model) -> ir.Model:
+    """The graph with constants and BatchNormalization folded, every node named and every shape known.
+
+    Args:
+        model: static channels and window. It is changed in place. A Q/DQ graph keeps its nodes.
+
+    Returns:
+        `model`; its output is the same up to float rounding.
+
+    Raises:
+        GraphError: a shape cannot be inferred, which means the graph is invalid.
+
+    Source: BatchNormalization-15: y = (x - mean) / sqrt(var + epsilon) * scale + bias, an affine map per channel.
+    """
+    from onnxscript import optimizer, rewriter
+    from onnxscript.rewriter.rules import common as rules
+
+    for noisy in ("onnx_ir", "onnxscript"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    optimizer.optimize_ir(
+        model, input_size_limit=FOLD_LIMIT_BYTES, output_size_limit=FOLD_LIMIT_BYTES, should_fold=_may_fold
+    )
+    rewriter.rewrite(
+        model,
+        pattern_rewrite_rules=[
+            rules.fuse_batchnorm_into_conv_rule,
+            rules.fuse_batchnorm_into_conv_transpose_rule,
+            rules.fuse_batchnorm_into_gemm_rule,
+        ],
+    )
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    infer_shapes(model)
+    name_nodes(model)
+    return model
+
+
+def _may_fold(node: ir.Node) -> bool | None:
+    return False if node.op_type in QDQ else None
+
+
+def is_quantized(model: ir.Model) -> bool:
+    """Whether the graph holds QuantizeLinear or DequantizeLinear nodes."""
+    return any(node.op_type in QDQ for node in model.graph)
+
+
+def infer_shapes(model: ir.Model) -> None:
+    """Give every tensor of `model` its shape and type, in place.
+
+    Raises:
+        GraphError: a tensor's shape cannot be inferred.
+    """
+    common.ShapeInferencePass(strict_mode=True, data_prop=True)(model)
+    for node in model.graph:
+        for value in node.outputs:
+            if value.shape is None and value.name:
+                raise GraphError(
+                    f"the ONNX graph is invalid: the shape of '{value.name}' ({node.op_type} '{node.name}') cannot be inferred. "
+                    "Check it with onnx.checker.check_model(..., full_check=True), or export it again."
+                )
+
+
+def name_nodes(model: ir.Model) -> None:
+    """Give every node a unique name, in place: its own, or its operator and position."""
+    seen: set[str] = set()
+    for position, node in enumerate(model.graph):
+        name = node.name or f"{node.op_type}_{position}"
+        if name in seen:
+            name = f"{name}_{position}"
+        node.name = name
+        seen.add(name)

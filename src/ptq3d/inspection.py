@@ -1,0 +1,129 @@
+"""What a file is: manifest, layers, precisions, multiply-accumulates, size. Runs nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ptq3d.engines import BACKENDS, load_backend
+from ptq3d.errors import FileError
+from ptq3d.graphs.files import load_graph, static_input_shape
+from ptq3d.graphs.layers import layers, parameter_count, shape_of
+from ptq3d.graphs.passes import is_quantized, simplify
+from ptq3d.manifest import FILE, Manifest, embedded, read_beside, sha256
+from ptq3d.options import InspectOptions
+from ptq3d.quantization.qdq import integer_layers
+
+
+@dataclass(frozen=True)
+class LayerFact:
+    """One multiplying layer as the file holds it.
+
+    Args:
+        name: of the node.
+        op: ONNX operator.
+        macs: multiply-accumulates of one window.
+        precision: "int8" where both inputs are dequantized integers, otherwise "float".
+    """
+
+    name: str
+    op: str
+    macs: int
+    precision: str
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect` found.
+
+    Args:
+        path: the file or folder.
+        kind: "onnx", "engine" or "engines" (of this machine).
+        facts: everything else, JSON-able.
+        layers: of an ONNX file.
+    """
+
+    path: Path | None
+    kind: str
+    facts: dict[str, Any]
+    layers: tuple[LayerFact, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        listed = [vars(layer) for layer in self.layers]
+        return {
+            "path": None if self.path is None else str(self.path),
+            "kind": self.kind,
+            **self.facts,
+            "layers": listed,
+        }
+
+
+def inspect(options: InspectOptions) -> Inspection:
+    """What a file is; without a file, which engines this machine has.
+
+    Raises:
+        FileError: no such file.
+    """
+    path = options.path
+    if path is None:
+        return Inspection(None, "engines", {name: load_backend(name).unavailable() or "available" for name in BACKENDS})
+    if path.is_dir():
+        return _engine(path)
+    if not path.exists():
+        raise FileError(f"{path}: no such file or folder.")
+    return _onnx(path)
+
+
+def _engine(path: Path) -> Inspection:
+    manifest = read_beside(path)
+    sizes = {name: (path / name).stat().st_size for name in manifest.engine["files"]}
+    runtime = load_backend(manifest.engine["name"])
+    facts = {
+        "size_bytes": sum(sizes.values()),
+        "files": sizes,
+        "available": runtime.unavailable() or "available",
+        **_manifest_facts(manifest),
+    }
+    return Inspection(path, "engine", {**facts, "manifest_file": FILE})
+
+
+def _onnx(path: Path) -> Inspection:
+    model = load_graph(path)
+    manifest = embedded(model, where=path)
+    model = simplify(model)
+    integer = integer_layers(model)
+    found = tuple(
+        LayerFact(layer.name, layer.op, layer.macs, "int8" if layer.name in integer else "float")
+        for layer in layers(model)
+    )
+    macs = sum(layer.macs for layer in found)
+    facts = {
+        "size_bytes": path.stat().st_size,
+        "sha256": sha256(path),
+        "opset": model.opset_imports.get(""),
+        "input": list(static_input_shape(model)),
+        "output": list(shape_of(model.graph.outputs[0])),
+        "quantized": is_quantized(model),
+        "weights": parameter_count(model),
+        "macs": macs,
+        "int8_mac_share_planned": sum(layer.macs for layer in found if layer.precision == "int8") / max(macs, 1),
+        "operators": dict(Counter(node.op_type for node in model.graph).most_common()),
+        **({"manifest": None} if manifest is None else _manifest_facts(manifest)),
+    }
+    return Inspection(path, "onnx", facts, found)
+
+
+def _manifest_facts(manifest: Manifest) -> dict[str, Any]:
+    return {
+        "network": manifest.network,
+        "classes": list(manifest.labels),
+        "window": list(manifest.window),
+        "overlap": manifest.overlap,
+        "preprocessing": None if manifest.preprocessing is None else manifest.preprocessing.to_dict(),
+        "quantization": dict(manifest.quantization),
+        "engine": {key: value for key, value in manifest.engine.items() if key != "files"},
+        "source": dict(manifest.source),
+    }

@@ -1,0 +1,186 @@
+"""Where weights come from: checkpoints of our training and of the seed, plain state dicts; no file that needs code."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from itertools import count, takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ptq3d.errors import CheckpointError, FileError
+from ptq3d.models import build_network, find_architecture
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+CONTAINERS = ("model_state_dict", "state_dict", "model", "network_weights")
+PREFIXES = ("module.", "network.", "net.")  # DistributedDataParallel, our training, many Lightning modules
+DESCRIPTION = "ptq3d"
+
+
+def load_state(path: Path) -> dict[str, Tensor]:
+    """The weights in a checkpoint: tensor by name, on the CPU, without the prefixes that trainers add.
+
+    Args:
+        path: a file of `torch.save`: a state dict, or a dict that holds one under a name of `CONTAINERS`.
+
+    Raises:
+        FileError: there is no such file.
+        CheckpointError: the file is truncated, needs code to load, or holds no weights.
+    """
+    return _weights(_load(path), path)
+
+
+def read_description(path: Path) -> dict[str, Any] | None:
+    """What our training wrote beside the weights, None for a checkpoint of someone else.
+
+    Returns:
+        `architecture`, `in_channels`, `num_classes`, `channels`, `labels`, `preprocessing`, `window` and `overlap`.
+
+    Raises:
+        FileError: there is no such file.
+        CheckpointError: the file is truncated or needs code to load.
+    """
+    return _description(_load(path))
+
+
+def load_network(
+    path: Path, name: str | None = None, *, num_classes: int | None = None, in_channels: int | None = None
+) -> nn.Module:
+    """The network of a checkpoint with its weights, in evaluation mode on the CPU.
+
+    Sizes come from the checkpoint's description where it has one, else from the shapes of its weights.
+
+    Args:
+        path: the checkpoint.
+        name: architecture by name or alias; None takes the one the checkpoint describes.
+        num_classes: wanted classes with the background; None takes those of the checkpoint.
+        in_channels: wanted channels of the image; None takes those of the checkpoint.
+
+    Raises:
+        FileError: there is no such file.
+        CheckpointError: it is the checkpoint of another network, or cannot be loaded.
+        OptionError: `name` is no network, or the file does not say which one it holds and `name` is None.
+    """
+    content = _load(path)
+    state = _weights(content, path)
+    described = _description(content)
+    sizes = _sizes_of_weights(state, path) if described is None else _sizes_described(described, path)
+    name = _agree(path, "architecture", name and find_architecture(name)[0], sizes.pop("architecture", None))
+    sizes["num_classes"] = _agree(path, "num_classes", num_classes, sizes.get("num_classes"))
+    sizes["in_channels"] = _agree(path, "in_channels", in_channels, sizes.get("in_channels"))
+    network = build_network(name, **sizes)
+    _check_fit(state, network.state_dict(), path=path, name=name)
+    network.load_state_dict(state, strict=False)  # only counters of BatchNorm, which inference ignores, can be missing
+    return network.eval()
+
+
+def _load(path: Path) -> dict[str, Any]:
+    import torch
+
+    if not path.is_file():
+        raise FileError(f"{path}: no such checkpoint. Train one with `ptq3d train`, or name an existing file.")
+    try:
+        content = torch.load(path, weights_only=True, map_location="cpu")
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("\n", 1)[0]
+        raise CheckpointError(
+            f"{path}: refused, it needs code to load or is no file of torch.save ({reason}). "
+            "Save only its weights, torch.save(network.state_dict(), path), where the file comes from."
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        raise CheckpointError(
+            f"{path}: not a readable checkpoint ({error}). It may be truncated; copy it again."
+        ) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: a dict of weights is wanted, the file holds a {type(content).__name__}.")
+    return content
+
+
+def _description(content: Mapping[str, Any]) -> dict[str, Any] | None:
+    description = content.get(DESCRIPTION)
+    return dict(description) if isinstance(description, Mapping) else None
+
+
+def _weights(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+    import torch
+
+    inner = next((content[name] for name in CONTAINERS if isinstance(content.get(name), Mapping)), content)
+    others = [str(name) for name, value in inner.items() if not isinstance(value, torch.Tensor)]
+    if others or not inner:
+        found = f"'{others[0]}' is no tensor" if others else "it is empty"
+        raise CheckpointError(
+            f"{path}: holds no state dict at its top or under {', '.join(CONTAINERS)} ({found}). "
+            "Save the network's state_dict() there."
+        )
+    return _strip(dict(inner))
+
+
+def _strip(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`module.network.head.weight` -> `head.weight`, where every name has the prefix."""
+    for prefix in PREFIXES:
+        if all(name.startswith(prefix) for name in state):
+            return _strip({name.removeprefix(prefix): value for name, value in state.items()})
+    return state
+
+
+def _sizes_described(description: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Arguments of `build_network`, and the architecture, as our training wrote them."""
+    try:
+        return {
+            "architecture": str(description["architecture"]),
+            "in_channels": int(description["in_channels"]),
+            "num_classes": int(description["num_classes"]),
+            "channels": tuple(int(width) for width in description["channels"]),
+            "window": tuple(int(side) for side in description["window"]),
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: its 'ptq3d' description is damaged ({error!r}). Train or copy it again."
+        ) from error
+
+
+def _sizes_of_weights(state: dict[str, Tensor], path: Path) -> dict[str, Any]:
+    """Sizes off the encoder and the head, which have the same names in every network of the zoo."""
+    names = takewhile(state.__contains__, (f"encoder.levels.{level}.0.weight" for level in count()))
+    shapes = [tuple(state[name].shape) for name in names]
+    if not shapes or "head.weight" not in state:
+        raise CheckpointError(
+            f"{path}: weights of another network: it has no 'encoder.levels.0.0.weight' or no 'head.weight' "
+            f"(its first tensor is '{next(iter(state))}'). Export that network to ONNX with its own code."
+        )
+    return {
+        "in_channels": shapes[0][1],
+        "num_classes": int(state["head.weight"].shape[0]),
+        "channels": tuple(shape[0] for shape in shapes),
+    }
+
+
+def _agree(path: Path, what: str, wanted: Any, found: Any) -> Any:
+    if wanted is None and found is None:
+        raise CheckpointError(f"{path}: the file does not say its {what}. Name it.")
+    if None not in (wanted, found) and wanted != found:
+        raise CheckpointError(f"{path}: {what} {wanted} is wanted, the checkpoint has {found}. Name the one it has.")
+    return found if wanted is None else wanted
+
+
+def _check_fit(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], *, path: Path, name: str) -> None:
+    missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
+    extra = [key for key in state if key not in wanted]
+    shapes = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
+    if not (missing or extra or shapes):
+        return
+    if shapes:
+        reason = (
+            f"'{shapes[0]}' is {tuple(state[shapes[0]].shape)} there and {tuple(wanted[shapes[0]].shape)} in {name}"
+        )
+    elif missing:
+        reason = f"it has no '{missing[0]}'"
+    else:
+        reason = f"it has '{extra[0]}', which {name} has not"
+    raise CheckpointError(
+        f"{path}: weights of another network than {name}: {reason} "
+        f"({len(missing)} tensors missing, {len(extra)} unknown, {len(shapes)} of another shape). "
+        "Name the architecture and sizes it was trained with."
+    )

@@ -1,0 +1,246 @@
+"""What each verb takes: one frozen dataclass a verb, for Python and for the command line alike.
+
+Field docstrings are the command line's help. Nothing heavy is imported here, so that `ptq3d --help` answers at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, UseAppendAction, arg
+
+Precision = Literal["fp32", "bf16", "fp16"]
+Sizes = tuple[int, int, int]
+Lengths = tuple[float, float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common:
+    """What every verb takes."""
+
+    quiet: bool = False
+    """Print nothing but errors."""
+    report: Path | None = None
+    """Write what the verb found to this JSON file."""
+    debug: bool = False
+    """Show a traceback with an error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(Common):
+    """Train a network of the zoo on folders of images and labels."""
+
+    data: Annotated[Path, arg(aliases=["--data-path"])]
+    """Folder of images."""
+    labels: Annotated[Path, arg(aliases=["--label-path"])]
+    """Folder of label maps, paired with the images by name."""
+    model: Annotated[str, arg(aliases=["--net"])] = "unet"
+    """Architecture: unet or transunet."""
+    output_dir: Path = Path("runs/train")
+    """Where best.ckpt, last.ckpt and the TensorBoard log go."""
+    preprocessing: str = "btcv"
+    """A preset (btcv) or a TOML / JSON file."""
+    label_map: Path | None = None
+    """JSON with class names and, if label files hold other ids, the ids of each class."""
+    num_classes: int | None = None
+    """Classes with background, where no label map names them; default: BTCV's 14."""
+    channels: tuple[int, ...] | None = None
+    """Channels of each level; default: the architecture's own."""
+    spacing: Lengths | None = None
+    """Voxel spacing in mm, instead of the preprocessing's."""
+    window: Sizes = (96, 96, 96)
+    """Training window in voxels."""
+    batch_size: int = 2
+    """Windows a step."""
+    num_epochs: Annotated[int | None, arg(aliases=["--max-epochs"])] = None
+    """Passes over the training cases; default 460 unless --max-steps is given."""
+    max_steps: int | None = None
+    """Stop after this many optimizer steps."""
+    learning_rate: float = 2e-3
+    """Peak of the one-cycle schedule."""
+    val_fraction: float = 0.0
+    """Share of the cases held out for validation; best.ckpt is then chosen by their Dice."""
+    seed: int = 0
+    """Equal seeds give equal runs on one machine."""
+    accelerator: str = "auto"
+    """cpu, gpu or auto."""
+    devices: str = "auto"
+    """Number of devices, or auto."""
+    num_nodes: int = 1
+    """Machines to train on."""
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    """Arithmetic of training."""
+    resume: Path | None = None
+    """Go on from this checkpoint of ours."""
+    seed_checkpoint: bool = False
+    """Also write checkpoint_epoch_N.pth, as the seed's train.py does."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(Common):
+    """Turn a checkpoint into an FP32 ONNX file with its manifest, checked against PyTorch."""
+
+    checkpoint: Annotated[Path, arg(aliases=["--pretrained-weights-path"])]
+    """Checkpoint: ours, or a state dict with --net."""
+    output: Annotated[Path | None, arg(aliases=["--onnx-file-name"])] = None
+    """The ONNX file to write; default: beside the checkpoint, <name>.onnx."""
+    net: str | None = None
+    """Architecture, where the checkpoint does not say."""
+    num_classes: int | None = None
+    """Classes with background that the checkpoint must have."""
+    window: Sizes | None = None
+    """Window in voxels; default: the checkpoint's, or 96 96 96."""
+    preprocessing: str | None = None
+    """A preset (btcv) or a TOML / JSON file, where the checkpoint does not say."""
+    label_map: Path | None = None
+    """JSON with class names, where the checkpoint does not say."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateOptions(Common):
+    """Draw calibration windows from volumes into a .npy or .npz file."""
+
+    data: Annotated[Path, arg(aliases=["--data-path"])]
+    """A volume or a folder of volumes; labels are not needed."""
+    output: Annotated[Path, arg(aliases=["--output-path"])]
+    """The .npz (with the names and hashes of the cases) or .npy file to write."""
+    labels: Annotated[Path | None, arg(aliases=["--label-path"])] = None
+    """Label maps: windows are then centred on labelled voxels."""
+    onnx_path: Annotated[Path | None, arg(aliases=["--onnx"])] = None
+    """The network to calibrate: gives window, channels and preprocessing."""
+    preprocessing: str | None = None
+    """A preset (btcv) or a TOML / JSON file, where the network does not say."""
+    window: Sizes | None = None
+    """Window in voxels, where no network is given; default 96 96 96."""
+    number: Annotated[int, arg(aliases=["--windows", "--num-samples"])] = 20
+    """Windows to draw."""
+    test_data: Path | None = None
+    """Folder of test images: a warning names every calibration file that is among them."""
+    seed: int = 0
+    """Equal seeds draw equal windows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeOptions(Common):
+    """Turn an FP32 ONNX file into a Q/DQ ONNX file with INT8 weights."""
+
+    onnx_path: Annotated[Path, arg(aliases=["--onnx"])]
+    """The FP32 ONNX file."""
+    output_path: Annotated[Path | None, arg(aliases=["--output"])] = None
+    """The Q/DQ file to write; default: <name>_int8.onnx beside it."""
+    calibration_data: Annotated[Path, arg(aliases=["--calibration"])]
+    """A .npy / .npz of windows, or a folder of volumes."""
+    calibration_method: Literal["max", "entropy", "percentile", "mse"] = "mse"
+    """How the range of an activation is drawn from what was seen."""
+    target: str = "openvino"
+    """The runtime to place Q/DQ for: openvino or tensorrt."""
+    keep: UseAppendAction[tuple[str, ...]] = ()
+    """Glob pattern of layer names that stay in floating point; may be repeated."""
+    number: Annotated[int, arg(aliases=["--windows"])] = 20
+    """Windows to draw where a folder of volumes is given."""
+    preprocessing: str | None = None
+    """A preset (btcv) or a TOML / JSON file, for a network without a manifest; it is embedded in the INT8 file."""
+    label_map: Path | None = None
+    """JSON with class names, for a network without a manifest."""
+    window: Sizes | None = None
+    """Another window for a fully convolutional network of static shape."""
+    quantize_mode: str = "int8"
+    """Only int8 (a flag of ModelOpt's command line)."""
+    high_precision_dtype: str = "fp32"
+    """Type of the floating-point rest in the file: only fp32; choose bf16 when you run it."""
+    seed: int = 0
+    """Equal seeds draw equal windows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions(Common):
+    """Build an engine artefact from an ONNX file: a folder with the runtime's own files and a manifest with hashes."""
+
+    onnx_path: Annotated[Path, arg(aliases=["--onnx"])]
+    """FP32 or Q/DQ ONNX file."""
+    output: Annotated[Path | None, arg(aliases=["--output-path"])] = None
+    """The folder to make; default: <name>.<engine> beside the file."""
+    engine: str = "auto"
+    """openvino, onnxruntime, torch, reference or auto."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeployOptions(Common):
+    """Segment volumes with an engine: label maps on the original grid, Dice where labels are given."""
+
+    model: Annotated[Path, arg(aliases=["--onnx-path", "--engine-path"])]
+    """An engine folder, or an ONNX file (built once and cached)."""
+    data: Annotated[Path, arg(aliases=["--data-path"])]
+    """A volume or a folder of volumes."""
+    output: Annotated[Path | None, arg(aliases=["--output-dir"])] = None
+    """Folder for the label maps; default: segmentations-<model>."""
+    labels: Annotated[Path | None, arg(aliases=["--label-path"])] = None
+    """True label maps, for Dice."""
+    label_map: Path | None = None
+    """JSON with the ids of each class in the label files."""
+    preprocessing: str | None = None
+    """A preset (btcv) or a TOML / JSON file, for a network without a manifest."""
+    net: str | None = None
+    """For a network without a manifest: prepare volumes as the seed does for this one (unet, transunet: btcv)."""
+    engine: str = "auto"
+    """openvino, onnxruntime, torch, reference or auto; an engine folder knows its own."""
+    device: str = "auto"
+    """The runtime's name of the device."""
+    precision: Precision = "fp32"
+    """Arithmetic of what the graph does not quantize."""
+    overlap: float | None = None
+    """Of neighbouring windows, 0 to below 1; default: the manifest's, or 0.5."""
+    threads: int = 0
+    """CPU threads; 0 for all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions(Common):
+    """Measure engines side by side: size, latency, whole cases, memory, Dice, fidelity to the first."""
+
+    models: Positional[tuple[str, ...]]
+    """FP32 first. Each PATH, PATH@ENGINE or PATH@ENGINE:PRECISION, e.g. net.onnx@openvino:bf16."""
+    data: Annotated[Path, arg(aliases=["--data-path"])]
+    """A volume or a folder of volumes."""
+    labels: Annotated[Path | None, arg(aliases=["--label-path"])] = None
+    """True label maps; without them fidelity is still measured."""
+    label_map: Path | None = None
+    """JSON with the ids of each class in the label files."""
+    preprocessing: str | None = None
+    """A preset (btcv) or a TOML / JSON file, for networks without a manifest."""
+    output: Annotated[Path | None, arg(aliases=["--output-dir"])] = None
+    """Keep the label maps here, one folder an engine."""
+    repetitions: int = 10
+    """Timed runs of one window for each engine, after two that do not count."""
+    overlap: float | None = None
+    """Of neighbouring windows; default: the manifest's, or 0.5."""
+    threads: int = 0
+    """CPU threads; 0 for all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectOptions(Common):
+    """Say what a file is: manifest, layers, precision, multiply-accumulates, size. Runs nothing."""
+
+    path: Positional[Path | None] = None
+    """An ONNX file, an engine folder or a calibration file; without it, the engines of this machine."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions(Common):
+    """The whole pipeline on made-up CT phantoms: train, export, calibrate, quantize, build, deploy, compare."""
+
+    output_dir: Path = Path("demo-output")
+    """Where everything goes."""
+    data_only: Path | None = None
+    """Only write a BTCV-layout folder of phantoms here."""
+    train_cases: int = 16
+    """Phantoms to train on."""
+    test_cases: int = 4
+    """Phantoms held out."""
+    max_steps: int | None = None
+    """Training steps; default: enough for the demo's Dice."""
+    seed: int = 0
+    """Equal seeds make equal phantoms and runs."""

@@ -1,0 +1,386 @@
+"""The model flow: checkpoint -> FP32 ONNX -> Q/DQ ONNX -> engine artefact. One function a verb."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ptq3d import __version__
+from ptq3d.datasets.folders import Case, find_cases
+from ptq3d.datasets.label_map import LabelMap
+from ptq3d.engines import choose_backend, get_backend
+from ptq3d.engines.base import EngineOptions
+from ptq3d.errors import GraphError, LabelError, OptionError
+from ptq3d.graphs.export import TOLERANCE, export_network, relative_error
+from ptq3d.graphs.files import load_graph, resize_window, save_graph, static_input_shape
+from ptq3d.graphs.layers import shape_of
+from ptq3d.graphs.passes import is_quantized, simplify
+from ptq3d.manifest import Manifest, embed, embedded, sha256
+from ptq3d.options import CalibrateOptions, ExportOptions, QuantizeOptions, TrainOptions
+from ptq3d.progress import Progress, bar, silent
+from ptq3d.quantization import calibration, planning, qdq
+from ptq3d.quantization.targets import get_target
+from ptq3d.volumes.files import load_image, load_labels
+from ptq3d.volumes.preprocessing import PRESETS, Preprocessing
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from ptq3d.training import TrainingResult
+
+log = logging.getLogger("ptq3d")
+DEFAULT_WINDOW = (96, 96, 96)
+SEED_EPOCHS = 460  # what the seed's document trains for
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a verb wrote and found.
+
+    Args:
+        path: the file or folder.
+        size_bytes: of the network in it, without the manifest.
+        facts: what else there is to report, JSON-able.
+    """
+
+    path: Path
+    size_bytes: int
+    facts: Mapping[str, Any]
+
+
+def preprocessing_of(name: str) -> Preprocessing:
+    """A preset by its name, or what a TOML or JSON file says.
+
+    Raises:
+        OptionError: neither a preset nor a file.
+    """
+    if name in PRESETS:
+        return PRESETS[name]
+    if not Path(name).is_file():
+        raise OptionError(f"preprocessing '{name}' is neither a preset ({', '.join(PRESETS)}) nor a file.")
+    return Preprocessing.load(Path(name))
+
+
+def export(options: ExportOptions) -> Written:
+    """Checkpoint -> FP32 ONNX with its manifest, checked against PyTorch.
+
+    Raises:
+        CheckpointError: the weights belong to another network, or need code to load.
+        GraphError: the export differs from PyTorch by more than 1e-3 of the logits' span.
+    """
+    from ptq3d.models.sources import load_network, read_description
+
+    described = read_description(options.checkpoint) or {}
+    name = options.net or described.get("architecture")
+    if name is None:
+        raise OptionError(
+            f"{options.checkpoint} does not say which network it is. Name it with --net unet (or transunet)."
+        )
+    network = load_network(options.checkpoint, name, num_classes=options.num_classes)
+    window = options.window or tuple(described.get("window") or DEFAULT_WINDOW)
+    exported = export_network(network, channels=int(described.get("in_channels", 1)), window=window)
+    manifest = Manifest(
+        labels=class_names(options.label_map, described.get("labels"), exported.logits.shape[1]),
+        window=window,
+        preprocessing=_export_preprocessing(options, described),
+        overlap=float(described.get("overlap", 0.5)),
+        network=name,
+        source={options.checkpoint.name: sha256(options.checkpoint)},
+    )
+    embed(exported.model, manifest)
+    output = options.output or options.checkpoint.with_name(f"{name}_fp32.onnx")
+    error = _save_checked(exported.model, output, exported.window, exported.logits)
+    facts = {"network": name, "max_relative_error": error, "window": list(window), "classes": list(manifest.labels)}
+    return Written(output, output.stat().st_size, facts)
+
+
+def _export_preprocessing(options: ExportOptions, described: Mapping[str, Any]) -> Preprocessing:
+    if options.preprocessing is not None:
+        return preprocessing_of(options.preprocessing)
+    if described.get("preprocessing") is not None:
+        return Preprocessing.from_dict(described["preprocessing"])
+    log.warning(
+        "%s does not say how its images are prepared; taking the preset btcv. Say otherwise with --preprocessing.",
+        options.checkpoint,
+    )
+    return PRESETS["btcv"]
+
+
+def class_names(label_map: Path | None, described: Iterable[str] | None, classes: int) -> tuple[str, ...]:
+    from ptq3d.datasets.phantoms import BTCV_ORGANS
+
+    if label_map is not None:
+        names = LabelMap.load(label_map).names
+    elif described is not None:
+        names = tuple(described)
+    elif classes == len(BTCV_ORGANS):
+        names = BTCV_ORGANS
+    else:
+        names = ("background", *(f"class {index}" for index in range(1, classes)))
+    if len(names) != classes:
+        raise LabelError(
+            f"{len(names)} class names ({', '.join(names[:3])}, ...) for a network with {classes} outputs. Give a --label-map that fits."
+        )
+    return names
+
+
+def _save_checked(model: ir.Model, output: Path, window: np.ndarray, logits: np.ndarray) -> float:
+    """Write the graph once its FP32 engine agrees with PyTorch; returns the relative error."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
+        path = Path(scratch) / output.name
+        save_graph(model, path)
+        backend = get_backend(choose_backend("auto")[0])
+        backend.build(path, Path(scratch) / "engine")
+        with backend.open(Path(scratch) / "engine", EngineOptions()) as engine:
+            error = relative_error(engine(window), logits)
+        if not error <= TOLERANCE:
+            raise GraphError(
+                f"the exported ONNX differs from PyTorch by {error:.2g} of the logits' span, more than {TOLERANCE:g}. It was not written."
+            )
+        for file in Path(scratch).glob(f"{output.name}*"):
+            os.replace(file, output.with_name(file.name))
+    return error
+
+
+def calibrate(options: CalibrateOptions) -> Written:
+    """Volumes -> a file of calibration windows, through the preprocessing of the network.
+
+    Raises:
+        FileError: no volume, or an unreadable one.
+        OptionError: nothing says how to prepare the volumes.
+    """
+    prepared, window = _calibration_setting(options)
+    cases = find_cases(options.data, options.labels, required_labels=options.labels is not None)
+    _warn_of_test_cases(cases, options.test_data or _test_sibling(options.data))
+    hashes: dict[str, str] = {}
+    with bar("Calibrate", quiet=options.quiet) as progress:
+        windows = (
+            piece[0]
+            for piece in _case_windows(
+                cases, prepared, window, options.number, seed=options.seed, hashes=hashes, progress=progress
+            )
+        )
+        number = calibration.save_windows(options.output, windows, hashes)
+    facts = {"windows": number, "window": list(window), "cases": hashes}
+    return Written(options.output, options.output.stat().st_size, facts)
+
+
+def _calibration_setting(options: CalibrateOptions) -> tuple[Preprocessing, tuple[int, int, int]]:
+    manifest = None
+    window = options.window
+    if options.onnx_path is not None:
+        model = load_graph(options.onnx_path)
+        manifest = embedded(model, where=options.onnx_path)
+        window = static_input_shape(model)[2:]
+    if options.preprocessing is not None:
+        return preprocessing_of(options.preprocessing), window or DEFAULT_WINDOW
+    if manifest is None or manifest.preprocessing is None:
+        raise OptionError(
+            "nothing says how to prepare the volumes. Give --onnx-path of a network with a manifest, or --preprocessing btcv | FILE."
+        )
+    return manifest.preprocessing, window or manifest.window
+
+
+def _test_sibling(data: Path) -> Path | None:
+    """test/images of a BTCV-layout folder, for a path such as train/images or test/images."""
+    candidate = data.resolve().parent.parent / "test" / data.name
+    return candidate if data.is_dir() and candidate.is_dir() else None
+
+
+def _warn_of_test_cases(cases: Iterable[Case], test: Path | None) -> None:
+    if test is None:
+        return
+    tested = {sha256(case.image): case.image for case in find_cases(test)}
+    for case in cases:
+        twin = tested.get(sha256(case.image))
+        if twin is not None:
+            log.warning(
+                "calibration file %s is also in the test folder (%s): figures on it are not of unseen data.",
+                case.image,
+                twin,
+            )
+
+
+def _case_windows(
+    cases: list[Case],
+    prepared: Preprocessing,
+    window: tuple[int, int, int],
+    number: int,
+    *,
+    seed: int,
+    hashes: dict[str, str],
+    progress: Progress = silent,
+) -> Iterator[np.ndarray]:
+    """(1, C, X, Y, Z) windows, as many as asked for, spread evenly over the cases; `hashes` fills up on the way."""
+    generator = np.random.default_rng(seed)
+    used = cases if len(cases) <= number else [cases[i] for i in sorted(generator.permutation(len(cases))[:number])]
+    done = 0
+    for index, case in enumerate(used):
+        share = (number * (index + 1)) // len(used) - (number * index) // len(used)
+        image = prepared.apply(load_image(case.image))
+        if case.label is None:
+            foreground = image.data[0] > image.data[0].mean()
+        else:
+            foreground = prepared.apply_labels(load_labels(case.label)).data[0] > 0
+        hashes[case.name] = sha256(case.image)
+        for piece in calibration.draw_windows(image.data, window, share, foreground=foreground, generator=generator):
+            yield piece[None]
+            done += 1
+            progress(done, number)
+
+
+def quantize(options: QuantizeOptions) -> Written:
+    """FP32 ONNX -> Q/DQ ONNX: ranges from calibration, scales and placement for a target, weights stored as INT8.
+
+    Raises:
+        GraphError: the graph is quantized already, dynamic, or invalid.
+        CalibrationError: windows of another shape, NaN or infinite values.
+        OptionError: a mode or type that is not written here.
+    """
+    _check_modelopt_flags(options)
+    target = get_target(options.target)
+    model, manifest = _prepared_graph(options)
+    placement = planning.place(model, target, keep=options.keep)
+    tensors = [name for group in placement.tensors for name in group]
+    windows, cases, total = _windows_for(options, model, manifest)
+    with bar("Calibrate", quiet=options.quiet) as progress:
+        ranges = calibration.collect_ranges(
+            model,
+            tensors,
+            _counted(windows, total, progress),
+            method=options.calibration_method,
+            symmetric=target.symmetric,
+        )
+    plan = planning.plan(model, placement, ranges, target)
+    share = planning.int8_mac_share(model, plan)
+    recipe = {
+        "ptq3d": __version__,
+        "target": target.name,
+        "calibration_method": options.calibration_method,
+        "calibration_cases": cases,
+        "calibration_windows": total,
+        "int8_layers": list(plan.layers),
+        "float_layers": dict(placement.kept),
+        "int8_mac_share": share,
+    }
+    source = {options.onnx_path.name: sha256(options.onnx_path)}
+    embed(qdq.write(model, plan), replace(manifest, quantization=recipe, source=source))
+    output = options.output_path or options.onnx_path.with_name(f"{options.onnx_path.stem}_int8.onnx")
+    save_graph(model, output)
+    return Written(output, output.stat().st_size, {**recipe, "fp32_size_bytes": options.onnx_path.stat().st_size})
+
+
+def _check_modelopt_flags(options: QuantizeOptions) -> None:
+    if options.quantize_mode != "int8":
+        raise OptionError(f"--quantize-mode {options.quantize_mode}: ptq3d writes int8 only.")
+    if options.high_precision_dtype != "fp32":
+        raise OptionError(
+            f"--high-precision-dtype {options.high_precision_dtype}: the floating-point rest is written as fp32. "
+            "Choose its arithmetic when it runs: ptq3d deploy --precision bf16."
+        )
+
+
+def _prepared_graph(options: QuantizeOptions) -> tuple[ir.Model, Manifest]:
+    model = load_graph(options.onnx_path)
+    manifest = embedded(model, where=options.onnx_path)
+    if is_quantized(model):
+        raise GraphError(f"{options.onnx_path} is quantized already. Quantize its FP32 file, or deploy it as it is.")
+    if options.window is not None:
+        resize_window(model, options.window)
+    shape = static_input_shape(model)
+    model = simplify(model)
+    classes = shape_of(model.graph.outputs[0])[1]
+    if manifest is None:
+        manifest = Manifest(labels=class_names(options.label_map, None, classes), window=shape[2:])
+    elif options.label_map is not None:
+        manifest = replace(manifest, labels=class_names(options.label_map, None, classes))
+    if options.preprocessing is not None:
+        manifest = replace(manifest, preprocessing=preprocessing_of(options.preprocessing))
+    return model, replace(manifest, window=shape[2:])
+
+
+def _windows_for(
+    options: QuantizeOptions, model: ir.Model, manifest: Manifest
+) -> tuple[Iterable[np.ndarray], dict[str, str], int]:
+    """(windows, cases they come from, their number); the cases of a folder are known once it was read."""
+    _, channels, *window = static_input_shape(model)
+    data = options.calibration_data
+    if data.is_dir() or data.name.endswith((".nii", ".nii.gz")):
+        if manifest.preprocessing is None:
+            raise OptionError(
+                "volumes are given, but nothing says how to prepare them. Give --preprocessing btcv | FILE."
+            )
+        hashes: dict[str, str] = {}
+        cases = find_cases(data)
+        size = (window[0], window[1], window[2])
+        return (
+            _case_windows(cases, manifest.preprocessing, size, options.number, seed=options.seed, hashes=hashes),
+            hashes,
+            options.number,
+        )
+    found = calibration.open_windows(data, (channels, window[0], window[1], window[2]))
+    return found, dict(found.cases), found.number
+
+
+def _counted(windows: Iterable[np.ndarray], total: int, progress: Progress) -> Iterator[np.ndarray]:
+    for done, window in enumerate(islice(windows, total), 1):
+        yield window
+        progress(done, total)
+
+
+def train(options: TrainOptions) -> TrainingResult:
+    """Folders of images and labels -> `best.ckpt` and `last.ckpt`, which `export` takes.
+
+    Raises:
+        UnavailableError: the training libraries are not installed.
+        InputError: the data cannot be used; said before anything is written.
+    """
+    from ptq3d.training import TrainingOptions
+    from ptq3d.training import train as run
+
+    prepared = preprocessing_of(options.preprocessing)
+    if options.spacing is not None:
+        prepared = replace(prepared, spacing=options.spacing)
+    return run(
+        TrainingOptions(
+            images=options.data,
+            labels=options.labels,
+            output_dir=options.output_dir,
+            label_map=_training_map(options),
+            preprocessing=prepared,
+            architecture=options.model,
+            channels=options.channels,
+            window=options.window,
+            batch_size=options.batch_size,
+            epochs=options.num_epochs or (None if options.max_steps else SEED_EPOCHS),
+            max_steps=options.max_steps,
+            learning_rate=options.learning_rate,
+            val_fraction=options.val_fraction,
+            seed=options.seed,
+            accelerator=options.accelerator,
+            devices=int(options.devices) if options.devices.isdigit() else options.devices,
+            num_nodes=options.num_nodes,
+            precision=options.precision,
+            resume=options.resume,
+            seed_checkpoint=options.seed_checkpoint,
+            quiet=options.quiet,
+        )
+    )
+
+
+def _training_map(options: TrainOptions) -> LabelMap:
+    from ptq3d.datasets.phantoms import BTCV_ORGANS
+
+    if options.label_map is not None:
+        return LabelMap.load(options.label_map)
+    classes = options.num_classes or len(BTCV_ORGANS)
+    return LabelMap.identity(class_names(None, None, classes))

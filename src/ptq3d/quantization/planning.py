@@ -1,0 +1,178 @@
+"""Which tensors become INT8, and with which scale: from graph, target and observed ranges to a Plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import onnx_ir as ir
+
+from ptq3d.errors import OptionError
+from ptq3d.graphs.layers import WEIGHT_AXIS, groups, layers, weight_axis, weight_value
+from ptq3d.int8 import Scale, scale_of_range, scale_of_weight
+from ptq3d.quantization.observers import Range
+from ptq3d.quantization.targets import MOVES, Target
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where Q/DQ go, before any scale is known.
+
+    Args:
+        layers: names of the nodes that run in INT8, in graph order.
+        kept: names of the weighted nodes that stay in floating point, with the reason.
+        tensors: activation tensors to quantize; those of one inner tuple share one scale (inputs of one concat).
+        signed: tensors that must be symmetric int8 whatever their range.
+    """
+
+    layers: tuple[str, ...]
+    kept: Mapping[str, str]
+    tensors: tuple[tuple[str, ...], ...]
+    signed: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole numerical meaning of a Q/DQ graph; all that `qdq.write` needs and `qdq.read` gives back.
+
+    Args:
+        layers: names of the nodes that run in INT8.
+        activations: tensor name -> scale.
+        weights: weight name -> scale per output channel.
+        target: the runtime whose placement rules were followed.
+    """
+
+    layers: tuple[str, ...]
+    activations: Mapping[str, Scale]
+    weights: Mapping[str, Scale]
+    target: str
+
+
+def place(model: ir.Model, target: Target, *, keep: Sequence[str] = ()) -> Placement:
+    """The Q/DQ positions that suit a target.
+
+    Args:
+        model: a simplified FP32 graph.
+        target: the runtime to place for.
+        keep: glob patterns of node names that stay in floating point.
+
+    Raises:
+        OptionError: a pattern matches no weighted node, or nothing is left to quantize.
+    """
+    nodes = [node for node in model.graph if node.op_type in WEIGHT_AXIS]
+    _check_patterns(nodes, keep)
+    kept = {str(node.name): why for node in nodes if (why := _why_float(node, target, keep))}
+    chosen = [node for node in nodes if node.name not in kept]
+    if not chosen:
+        raise OptionError(
+            "no layer is left to quantize: every Conv, ConvTranspose, Gemm and MatMul is kept in floating point."
+        )
+    shared = _Groups()
+    signed: set[str] = set()
+    for node in chosen:
+        sources = list(_sources(node.inputs[0]))
+        shared.join(sources)
+        if weight_value(node) is None:
+            right = list(_sources(node.inputs[1]))
+            shared.join(right)
+            signed.update(right)
+    tensors = shared.tuples()
+    signed = {name for group in tensors if signed & set(group) for name in group}
+    return Placement(tuple(str(node.name) for node in chosen), kept, tensors, frozenset(signed))
+
+
+def _check_patterns(nodes: Iterable[ir.Node], keep: Sequence[str]) -> None:
+    names = [str(node.name) for node in nodes]
+    for pattern in keep:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise OptionError(f"--keep '{pattern}' matches no weighted layer. The layers are: {', '.join(names)}.")
+
+
+def _why_float(node: ir.Node, target: Target, keep: Sequence[str]) -> str | None:
+    if any(fnmatchcase(str(node.name), pattern) for pattern in keep):
+        return "kept by --keep"
+    if node.op_type not in target.operators:
+        return f"{target.name} has no INT8 {node.op_type}"
+    if node.op_type == "ConvTranspose" and groups(node) > 1:
+        return f"{target.name} has no grouped INT8 ConvTranspose"
+    if node.op_type == "Gemm" and weight_value(node) is None:
+        return "its weights are no constant"
+    if weight_value(node) is not None and node.inputs[0] is not None and node.inputs[0].const_value is not None:
+        return "both inputs are constants"
+    return None
+
+
+def _sources(value: ir.Value | None) -> Iterable[str]:
+    """The tensors to quantize so that `value` is INT8: itself, or what a concat or a mere move makes it of."""
+    if value is None:
+        return
+    producer = value.producer()
+    if producer is not None and producer.op_type == "Concat":
+        for piece in producer.inputs:
+            yield from _sources(piece)
+    elif producer is not None and producer.op_type in MOVES:
+        yield from _sources(producer.inputs[0])
+    elif value.const_value is None:
+        yield str(value.name)
+
+
+class _Groups:
+    """Disjoint sets of tensor names, in the order in which they were first seen."""
+
+    def __init__(self) -> None:
+        self._of: dict[str, list[str]] = {}
+
+    def join(self, names: Sequence[str]) -> None:
+        merged: list[str] = []
+        for name in names:
+            for member in self._of.get(name, [name]):
+                if member not in merged:
+                    merged.append(member)
+        for member in merged:
+            self._of[member] = merged
+
+    def tuples(self) -> tuple[tuple[str, ...], ...]:
+        seen: dict[int, tuple[str, ...]] = {}
+        for members in self._of.values():
+            seen.setdefault(id(members), tuple(members))
+        return tuple(seen.values())
+
+
+def plan(model: ir.Model, placement: Placement, ranges: Mapping[str, Range], target: Target) -> Plan:
+    """Scales for a placement.
+
+    Args:
+        model: the graph that was placed.
+        placement: from `place`.
+        ranges: one for each tensor of the placement.
+        target: the one that was placed for.
+    """
+    activations = {
+        name: scale
+        for group in placement.tensors
+        for name, scale in _group_scales(group, placement, ranges, target).items()
+    }
+    wanted = set(placement.layers)
+    weights: dict[str, Scale] = {}
+    for node in model.graph:
+        weight = weight_value(node) if node.name in wanted else None
+        if weight is not None and weight.const_value is not None:
+            weights[str(weight.name)] = scale_of_weight(weight.const_value.numpy(), weight_axis(node))
+    return Plan(placement.layers, activations, weights, target.name)
+
+
+def _group_scales(
+    group: Sequence[str], placement: Placement, ranges: Mapping[str, Range], target: Target
+) -> dict[str, Scale]:
+    low = min(ranges[name].low for name in group)
+    high = max(ranges[name].high for name in group)
+    symmetric = target.symmetric or bool(placement.signed & set(group))
+    return dict.fromkeys(group, scale_of_range(low, high, symmetric=symmetric))
+
+
+def int8_mac_share(model: ir.Model, plan: Plan) -> float:
+    """The share of multiply-accumulates that the plan gives to INT8, 0..1; the runtime's own report may differ."""
+    all_layers = layers(model)
+    total = sum(layer.macs for layer in all_layers)
+    return sum(layer.macs for layer in all_layers if layer.name in set(plan.layers)) / max(total, 1)

@@ -1,0 +1,99 @@
+"""Laws of placement and of the Q/DQ graphs that are written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from networks import NETWORKS, windows
+from ptq3d.errors import CalibrationError, GraphError, OptionError
+from ptq3d.graphs.files import load_graph, save_graph
+from ptq3d.graphs.layers import layers
+from ptq3d.graphs.passes import simplify
+from ptq3d.quantization import planning, qdq
+from ptq3d.quantization.calibration import collect_ranges
+from ptq3d.quantization.targets import TARGETS
+
+
+def write(path: Path, target: str = "openvino", keep: tuple[str, ...] = ()) -> tuple[planning.Plan, onnx.ModelProto]:
+    model = simplify(load_graph(path))
+    placement = planning.place(model, TARGETS[target], keep=keep)
+    tensors = [name for group in placement.tensors for name in group]
+    ranges = collect_ranges(model, tensors, [w[None] for w in windows(2)], method="max", symmetric=TARGETS[target].symmetric)
+    plan = planning.plan(model, placement, ranges, TARGETS[target])
+    output = path.with_name("q.onnx")
+    save_graph(qdq.write(model, plan), output)
+    onnx.checker.check_model(str(output), full_check=True)
+    return plan, onnx.load(output)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_weighted_layer_is_fed_by_integers(network: str, target: str, tmp_path: Path) -> None:
+    plan, _ = write(NETWORKS[network](tmp_path / "n.onnx"), target)
+    written = simplify(load_graph(tmp_path / "q.onnx"))
+    assert qdq.integer_layers(written) == set(plan.layers) == {layer.name for layer in layers(written)}
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_weights_are_stored_as_int8_and_nothing_else_is_kept(network: str, tmp_path: Path) -> None:
+    _, written = write(NETWORKS[network](tmp_path / "n.onnx"))
+    large = [tensor for tensor in written.graph.initializer if len(tensor.dims) > 1]
+    assert large
+    assert {tensor.data_type for tensor in large} == {onnx.TensorProto.INT8}
+
+
+def test_batch_normalization_is_folded(tmp_path: Path) -> None:
+    _, written = write(NETWORKS["unet"](tmp_path / "n.onnx"))
+    assert "BatchNormalization" not in {node.op_type for node in written.graph.node}
+
+
+def test_the_inputs_of_a_concat_share_one_scale(tmp_path: Path) -> None:
+    plan, written = write(NETWORKS["unet"](tmp_path / "n.onnx"))
+    concat = next(node for node in written.graph.node if node.op_type == "Concat")
+    scales = [plan.activations[name.removesuffix("/dq")] for name in concat.input]
+    assert len(scales) == 2
+    assert scales[0].equals(scales[1])
+
+
+def test_targets_have_their_own_types(tmp_path: Path) -> None:
+    network = NETWORKS["meshnet"](tmp_path / "n.onnx")
+    openvino, _ = write(network, "openvino")
+    assert {scale.dtype for scale in openvino.activations.values()} == {"uint8"}
+    assert any(scale.zero_point != 0 for scale in openvino.activations.values())  # ELU goes below zero
+    tensorrt, _ = write(network, "tensorrt")
+    assert {scale.dtype for scale in tensorrt.activations.values()} == {"int8"}
+    assert all(not scale.zero_point.any() for scale in tensorrt.activations.values())
+
+
+def test_kept_layers_stay_in_floating_point(tmp_path: Path) -> None:
+    network = NETWORKS["unet"](tmp_path / "n.onnx")
+    names = [layer.name for layer in layers(simplify(load_graph(network)))]
+    plan, _ = write(network, keep=(names[0], "convtranspose*"))
+    assert set(plan.layers) == {name for name in names[1:] if not name.startswith("convtranspose")}
+    assert qdq.integer_layers(simplify(load_graph(tmp_path / "q.onnx"))) == set(plan.layers)
+
+
+def test_a_pattern_that_matches_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="no_such_layer.*The layers are: conv"):
+        write(NETWORKS["unet"](tmp_path / "n.onnx"), keep=("no_such_layer",))
+    with pytest.raises(OptionError, match="no layer is left"):
+        write(NETWORKS["unet"](tmp_path / "n.onnx"), keep=("*",))
+
+
+def test_a_quantized_graph_is_refused(tmp_path: Path) -> None:
+    write(NETWORKS["meshnet"](tmp_path / "n.onnx"))
+    model = simplify(load_graph(tmp_path / "q.onnx"))
+    with pytest.raises(GraphError, match="already"):
+        qdq.write(model, planning.Plan((), {}, {}, "openvino"))
+
+
+def test_nan_in_a_calibration_window_is_refused(tmp_path: Path) -> None:
+    model = simplify(load_graph(NETWORKS["meshnet"](tmp_path / "n.onnx")))
+    bad = windows(1)
+    bad[0, 0, 1, 2, 3] = np.nan
+    with pytest.raises(CalibrationError, match="window 1: 1 values are NaN"):
+        collect_ranges(model, ["image"], [bad], method="max", symmetric=False)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -52,7 +54,8 @@ def export(options: ExportOptions) -> None:
     error = written.facts["max_relative_error"]
     _say(
         options,
-        f"{written.path}: {_size(written.size_bytes)}, {written.facts['network']}; differs from PyTorch by {error:.1e} of the logits' span at most",
+        f"{written.path}: {_size(written.size_bytes)}, {written.facts['network']}; "
+        f"differs from PyTorch by {error:.1e} of the logits' span at most",
     )
     _report(options, {"path": str(written.path), "size_bytes": written.size_bytes, **written.facts})
 
@@ -190,29 +193,31 @@ DESCRIPTION = (
 
 def run(options: Common) -> int:
     """Run the verb that `options` belong to; errors of ptq3d become one line on stderr and an exit code."""
-    logging.basicConfig(
-        stream=sys.stderr,
-        format="%(levelname)s: %(message)s",
-        level=logging.ERROR if options.quiet else logging.WARNING,
-    )
-    try:
-        VERBS[type(options)](options)
-    except Ptq3dError as error:
-        if options.debug:
-            raise
-        sys.stderr.write(f"{type(error).__name__}: {error}\n")
-        return error.exit_code
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        return 130
-    except OSError as error:
-        if options.debug:
-            raise
-        sys.stderr.write(
-            f"{type(error).__name__}: {error}. Check the path, its permissions and the space on its disk.\n"
-        )
-        return 1
+    with _warnings_on_stderr(quiet=options.quiet):
+        try:
+            VERBS[type(options)](options)
+        except (Ptq3dError, OSError) as error:
+            if options.debug:
+                raise
+            sys.stderr.write(f"{type(error).__name__}: {error}\n")
+            return error.exit_code if isinstance(error, Ptq3dError) else 1
+        except KeyboardInterrupt:
+            sys.stderr.write("interrupted\n")
+            return 130
     return 0
+
+
+@contextmanager
+def _warnings_on_stderr(*, quiet: bool) -> Iterator[None]:
+    log = logging.getLogger("ptq3d")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    handler.setLevel(logging.ERROR if quiet else logging.WARNING)
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
 
 
 def _verb(module: str, name: str) -> Callable[..., Any]:
@@ -257,7 +262,7 @@ def _size(size_bytes: int) -> str:
 
 
 def _number(value: float) -> float | None:
-    return None if value != value else value
+    return None if math.isnan(value) else value
 
 
 def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
@@ -271,7 +276,7 @@ def _deploy_table(results: Sequence[CaseResult]) -> Table:
         dice = [f"{result.mean_dice:.4f}"] if result.dice else []
         table.add_row(result.name, *(f"{result.seconds[step]:.2f}" for step in steps), *dice)
     for name in results[0].dice:
-        values = [value for result in results if not (value := result.dice[name]) != value]
+        values = [value for result in results if not math.isnan(value := result.dice[name])]
         table.add_row(f"  {name}", *[""] * len(steps), f"{sum(values) / len(values):.4f}" if values else "absent")
     return table
 

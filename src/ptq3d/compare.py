@@ -33,7 +33,7 @@ from ptq3d.predict import (
     truth_map,
     warn_of_calibration_cases,
 )
-from ptq3d.progress import Progress, bar
+from ptq3d.progress import bar
 from ptq3d.volumes.files import load_image, load_labels
 
 WARM_UP = 2
@@ -142,50 +142,67 @@ def compare(options: CompareOptions) -> Comparison:
     """Measure engines or ONNX files side by side, FP32 first.
 
     Raises:
-        OptionError: fewer than one model, a malformed one, or models of different classes.
+        OptionError: no model, one named twice, or models of different classes.
+        InputError: of the tree in `ptq3d.errors`, before the first measurement.
     """
     deployments = [_deployment(text, options) for text in _distinct(options.models)]
-    first = deployments[0]
+    manifest = deployments[0].manifest
     _require_same_classes(options.models, deployments)
     cases = find_cases(options.data, options.labels, required_labels=options.labels is not None)
-    label_map = truth_map(options.label_map, first.manifest)
+    label_map = truth_map(options.label_map, manifest)
     for deployment in deployments:
         warn_of_calibration_cases(deployment.manifest, cases)
     truths = [true_classes(case, load_image(case.image), label_map) for case in cases]
     with tempfile.TemporaryDirectory() as scratch:
-        folder = options.output or Path(scratch)
-        with bar("Time one window", quiet=options.quiet) as progress:
-            latencies, shares = _time_windows(deployments, cases[0], options.repetitions, progress)
-        outputs = [folder / _folder_name(text) for text in options.models]
-        runs = []
-        with bar("Segment", quiet=options.quiet) as progress:
-            for done, (deployment, output) in enumerate(zip(deployments, outputs, strict=True), 1):
-                runs.append(_segment_apart(deployment, cases, output))
-                progress(done, len(deployments))
-        judged = [_judge(cases, output, outputs[0], truths, first.manifest.classes) for output in outputs]
-    rows = []
-    for index, (text, deployment) in enumerate(zip(options.models, deployments, strict=True)):
-        results, peak = runs[index]
-        dice, kept = judged[index]
-        share = shares[index]
-        rows.append(
-            Row(
-                name=text,
-                engine=deployment.manifest.engine["name"],
-                precision="int8" if share else deployment.options.precision,
-                size_bytes=artefact_size(deployment.folder, deployment.manifest),
-                latency=latencies[index],
-                case_seconds=tuple(result.seconds["total"] for result in results),
-                peak_memory_bytes=peak,
-                int8_mac_share=share,
-                dice=dice,
-                fidelity=tuple(kept),
-                dice_change=_change(judged[0][0], dice) if index and dice.size else None,
-            )
+        timed = _time_windows(deployments, cases[0], options)
+        outputs = [(options.output or Path(scratch)) / _folder_name(text) for text in options.models]
+        runs = _segment_all(deployments, cases, outputs, quiet=options.quiet)
+        judged = [_judge(cases, output, outputs[0], truths, manifest.classes) for output in outputs]
+    rows = tuple(
+        _row(text, deployment, latency, run, verdict, judged[0].dice)
+        for text, deployment, latency, run, verdict in zip(
+            options.models, deployments, timed, runs, judged, strict=True
         )
+    )
     notes = {"repetitions": options.repetitions, "threads": options.threads, "machine": machine()}
-    names = label_map.names[1:]
-    return Comparison(tuple(rows), names, tuple(case.name for case in cases), first.manifest.window, notes)
+    return Comparison(rows, label_map.names[1:], tuple(case.name for case in cases), manifest.window, notes)
+
+
+@dataclass(frozen=True)
+class _Timed:
+    latency: LatencySummary
+    int8_mac_share: float
+
+
+@dataclass(frozen=True)
+class _Run:
+    results: tuple[CaseResult, ...]
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """Dice (cases, K - 1), empty without labels, and fidelity of each case."""
+
+    dice: np.ndarray
+    fidelity: tuple[float, ...]
+
+
+def _row(name: str, deployment: Deployment, timed: _Timed, run: _Run, verdict: _Verdict, first: np.ndarray) -> Row:
+    changed = verdict.dice is not first and verdict.dice.size > 0
+    return Row(
+        name=name,
+        engine=deployment.manifest.engine["name"],
+        precision="int8" if timed.int8_mac_share else deployment.options.precision,
+        size_bytes=artefact_size(deployment.folder, deployment.manifest),
+        latency=timed.latency,
+        case_seconds=tuple(result.seconds["total"] for result in run.results),
+        peak_memory_bytes=run.peak_memory_bytes,
+        int8_mac_share=timed.int8_mac_share,
+        dice=verdict.dice,
+        fidelity=verdict.fidelity,
+        dice_change=_change(first, verdict.dice) if changed else None,
+    )
 
 
 def _distinct(models: Sequence[str]) -> Sequence[str]:
@@ -221,25 +238,34 @@ def _folder_name(text: str) -> str:
     return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in text.split("/")[-1])
 
 
-def _time_windows(
-    deployments: Sequence[Deployment], case: Case, repetitions: int, progress: Progress
-) -> tuple[list[LatencySummary], list[float]]:
+def _time_windows(deployments: Sequence[Deployment], case: Case, options: CompareOptions) -> list[_Timed]:
     """Latency of one real window, all engines in turn, and the INT8 share of each as its runtime reports it."""
     image = load_image(case.image)
     times: list[list[float]] = [[] for _ in deployments]
+    rounds = WARM_UP + options.repetitions
     with ExitStack() as stack:
         engines = [stack.enter_context(deployment.open()) for deployment in deployments]
-        windows = [
-            _central_window(deployment, engine, image) for deployment, engine in zip(deployments, engines, strict=True)
-        ]
-        for repetition in range(WARM_UP + repetitions):
+        windows = [_central_window(*pair, image) for pair in zip(deployments, engines, strict=True)]
+        progress = stack.enter_context(bar("Time one window", quiet=options.quiet))
+        for done in range(rounds):
             for engine, window, taken in zip(engines, windows, times, strict=True):
                 start = perf_counter()
                 engine(window)
                 taken.append((perf_counter() - start) * 1e3)
-            progress(repetition + 1, WARM_UP + repetitions)
+            progress(done + 1, rounds)
         shares = [int8_mac_share(engine.layers()) for engine in engines]
-    return [LatencySummary.of(taken[WARM_UP:]) for taken in times], shares
+    return [_Timed(LatencySummary.of(taken[WARM_UP:]), share) for taken, share in zip(times, shares, strict=True)]
+
+
+def _segment_all(
+    deployments: Sequence[Deployment], cases: list[Case], outputs: Sequence[Path], *, quiet: bool
+) -> list[_Run]:
+    runs = []
+    with bar("Segment", quiet=quiet) as progress:
+        for done, (deployment, output) in enumerate(zip(deployments, outputs, strict=True), 1):
+            runs.append(_segment_apart(deployment, cases, output))
+            progress(done, len(deployments))
+    return runs
 
 
 def _central_window(deployment: Deployment, engine: Engine, image: Any) -> np.ndarray:
@@ -254,8 +280,8 @@ def _central_window(deployment: Deployment, engine: Engine, image: Any) -> np.nd
     return np.ascontiguousarray(padded[None, :, x, y, z], np.float32)
 
 
-def _segment_apart(deployment: Deployment, cases: list[Case], output: Path) -> tuple[tuple[CaseResult, ...], int]:
-    """Segment in a fresh process of its own, so that its peak memory is its own: (results, bytes)."""
+def _segment_apart(deployment: Deployment, cases: list[Case], output: Path) -> _Run:
+    """Segment in a fresh process of its own, so that its peak memory is its own."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
@@ -266,7 +292,7 @@ def _segment_apart(deployment: Deployment, cases: list[Case], output: Path) -> t
             ) from error
 
 
-def _segment(deployment: Deployment, cases: list[Case], output: Path) -> tuple[tuple[CaseResult, ...], int]:
+def _segment(deployment: Deployment, cases: list[Case], output: Path) -> _Run:
     from ptq3d.datasets.label_map import LabelMap
 
     unlabelled = [Case(case.name, case.image, None) for case in cases]
@@ -274,20 +300,20 @@ def _segment(deployment: Deployment, cases: list[Case], output: Path) -> tuple[t
         deployment, unlabelled, output, label_map=LabelMap.identity(deployment.manifest.labels), quiet=True
     )
     unit = 1 if sys.platform == "darwin" else 1024
-    return results, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return _Run(results, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 
 
 def _judge(
     cases: Sequence[Case], output: Path, reference: Path, truths: Sequence[np.ndarray | None], classes: int
-) -> tuple[np.ndarray, list[float]]:
-    """(Dice (cases, K - 1) or empty, fidelity of each case) of the label maps in `output`."""
+) -> _Verdict:
+    """What the label maps in `output` are worth against the truth, and against those in `reference`."""
     dice, kept = [], []
     for case, truth in zip(cases, truths, strict=True):
         found = load_labels(output / f"{case.name}.nii.gz").data[0]
         if truth is not None:
             dice.append(dice_per_class(found, truth, classes))
         kept.append(fidelity(found, load_labels(reference / f"{case.name}.nii.gz").data[0], classes))
-    return np.asarray(dice), kept
+    return _Verdict(np.asarray(dice), tuple(kept))
 
 
 def _change(first: np.ndarray, second: np.ndarray) -> Interval:

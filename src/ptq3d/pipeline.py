@@ -115,6 +115,11 @@ def _export_preprocessing(options: ExportOptions, described: Mapping[str, Any]) 
 
 
 def class_names(label_map: Path | None, described: Iterable[str] | None, classes: int) -> tuple[str, ...]:
+    """Names of a network's classes: from a label map, else as described, else BTCV's for 14, else numbers.
+
+    Raises:
+        LabelError: another number of names than of classes.
+    """
     from ptq3d.datasets.phantoms import BTCV_ORGANS
 
     if label_map is not None:

@@ -138,7 +138,8 @@ def predict_labels(
 
     if image.data.shape[0] != engine.spec.channels:
         raise ShapeError(
-            f"the network takes {engine.spec.channels} channels, the volume has {image.data.shape[0]}. Give it the images it was trained on."
+            f"the network takes {engine.spec.channels} channels, the volume has {image.data.shape[0]}. "
+            "Give it the images it was trained on."
         )
     if engine.spec.classes != manifest.classes:
         raise ShapeError(
@@ -242,7 +243,7 @@ def _deploy_case(
     save_labels(written, labels)
     seconds = {"read": read, **seconds, "write": perf_counter() - before_write}
     seconds["total"] = read + perf_counter() - begin
-    dice = {} if truth is None else _dice(labels.data[0], truth, deployment.manifest.labels)
+    dice = {} if truth is None else _dice(labels.data[0], truth, label_map.names)
     return CaseResult(case.name, written, seconds, dice)
 
 

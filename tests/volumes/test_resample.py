@@ -35,6 +35,7 @@ def tie(volume: Volume, grid: tuple[tuple[int, int, int], np.ndarray]) -> np.nda
     return (np.abs(places - np.floor(places) - 0.5) < 1e-4).any(axis=0).reshape(grid[0])
 
 
+@settings(deadline=None)
 @given(shapes(), affines(), orientations())
 def test_reorient_is_monais(shape: tuple[int, int, int], affine: np.ndarray, axcodes: str) -> None:
     volume = Volume(noise((2, *shape)), affine)
@@ -120,6 +121,7 @@ def test_one_resampling_is_reorient_then_respace(
     np.testing.assert_allclose(at_once.data, steps.data, atol=1e-4)
 
 
+@settings(deadline=None)
 @given(shapes(1, 12), affines(), orientations())
 def test_flips_and_permutations_keep_every_bit(shape: tuple[int, int, int], affine: np.ndarray, axcodes: str) -> None:
     volume = Volume(noise((1, *shape)), affine)
@@ -128,6 +130,7 @@ def test_flips_and_permutations_keep_every_bit(shape: tuple[int, int, int], affi
         np.testing.assert_array_equal(resample_onto(volume, *expected.grid, mode=mode).data, expected.data)
 
 
+@settings(deadline=None)
 @given(shapes(2, 12), affines(), shapes(0, 1))
 def test_memory_order_does_not_matter(
     shape: tuple[int, int, int], affine: np.ndarray, flips: tuple[int, int, int]
@@ -139,8 +142,8 @@ def test_memory_order_does_not_matter(
     results = [
         respace(Volume(source, affine), (1.3, 2.1, 0.9), mode="linear").data for source in (data, strided, mirrored)
     ]
-    np.testing.assert_array_equal(results[0], results[1])
-    np.testing.assert_array_equal(results[0], results[2])
+    np.testing.assert_allclose(results[0], results[1], atol=1e-5)
+    np.testing.assert_allclose(results[0], results[2], atol=1e-5)
 
 
 @settings(max_examples=40, deadline=None)

@@ -8,7 +8,7 @@ import nibabel
 import numpy as np
 import pytest
 from grids import affines, noise, shapes
-from hypothesis import given
+from hypothesis import given, settings
 
 from ptq3d.errors import GeometryError, ShapeError
 from ptq3d.volumes.volume import Volume, grid_distance, require_same_grid
@@ -16,6 +16,7 @@ from ptq3d.volumes.volume import Volume, grid_distance, require_same_grid
 IMAGE, LABEL = Path("img0001.nii.gz"), Path("label0001.nii.gz")
 
 
+@settings(deadline=None)
 @given(shapes(), affines())
 def test_grid_properties_are_nibabels(shape: tuple[int, int, int], affine: np.ndarray) -> None:
     volume = Volume(noise((2, *shape)), affine)
@@ -70,6 +71,7 @@ def test_an_array_that_is_no_volume_is_refused(data: np.ndarray) -> None:
         Volume(data, np.eye(4))
 
 
+@settings(deadline=None)
 @given(shapes(2), affines())
 def test_a_grid_moved_by_some_voxels_is_that_far(shape: tuple[int, int, int], affine: np.ndarray) -> None:
     moved = affine.copy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import os
 from collections.abc import Callable
@@ -13,11 +14,13 @@ import pytest
 import SimpleITK as sitk
 from grids import affines, noise
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from ptq3d.errors import FileError, GeometryError, IntensityError, LabelError, Ptq3dError, ShapeError
+from ptq3d.errors import FileError, GeometryError, InputError, IntensityError, LabelError, Ptq3dError, ShapeError
 from ptq3d.volumes.files import is_volume, load_image, load_labels, save_labels
 from ptq3d.volumes.volume import Volume
 
+RGB = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])
 AFFINE = np.array([[0, 0, 2.0, -10], [-1.5, 0, 0, 20], [0, 1.0, 0, 5], [0, 0, 0, 1]])
 
 
@@ -68,9 +71,11 @@ def spacing_zero(path: Path) -> None:
 
 
 def sform_singular(path: Path) -> None:
-    written(path, noise((4, 4, 4)))
+    written(path, np.zeros((4, 4, 4), np.uint8))
     content = bytearray(path.read_bytes())
-    content[280:296] = content[296:312]  # srow_x = srow_y
+    content[280:292] = np.array([1, 1, 0], np.float32).tobytes()  # srow_x, then srow_y: two axes along one line
+    content[296:308] = np.array([1, 1, 0], np.float32).tobytes()
+    content[312:324] = np.array([0, 0, 1], np.float32).tobytes()
     path.write_bytes(content)
 
 
@@ -114,6 +119,7 @@ BROKEN: dict[str, tuple[str, Callable[[Path], object], type[Ptq3dError], str]] =
     "2D": ("a.nii", lambda path: written(path, noise((8, 8))), FileError, r"one 3D volume, got shape \(8, 8\)"),
     "4D": ("a.nii", lambda path: written(path, noise((8, 8, 8, 3))), FileError, "one 3D volume"),
     "complex": ("a.nii", lambda path: written(path, noise((4, 4, 4)).astype(np.complex64)), FileError, "real number"),
+    "colours": ("a.nii", lambda path: written(path, np.zeros((4, 4, 4), RGB)), FileError, "real number"),
     "NaN": ("a.nii", lambda path: with_voxel(path, np.nan), IntensityError, "2 of 64 voxels are NaN"),
     "infinite": ("a.nii", lambda path: with_voxel(path, np.inf), IntensityError, "2 of 64"),
     "too large": ("a.nii", lambda path: with_voxel(path, 1e300), IntensityError, "2 of 64"),
@@ -134,14 +140,39 @@ def test_a_broken_file_gives_one_sentence_that_names_it(tmp_path: Path, case: st
             load_labels(tmp_path / name)
 
 
-@pytest.mark.parametrize("length", range(0, 1400, 100))
-def test_a_file_cut_anywhere_is_refused(tmp_path: Path, length: int) -> None:
-    written(tmp_path / "a.nii.gz", noise((6, 6, 6)))
-    whole = (tmp_path / "a.nii.gz").read_bytes()
-    assert len(whole) > length
-    (tmp_path / "a.nii.gz").write_bytes(whole[:length])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(data=st.data(), name=st.sampled_from(["a.nii", "a.nii.gz"]))
+def test_a_file_cut_anywhere_is_refused(tmp_path: Path, data: st.DataObject, name: str) -> None:
+    path = written(tmp_path / name, noise((6, 6, 6)))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: data.draw(st.integers(0, len(whole) - 1))])
     with pytest.raises(FileError):
-        load_image(tmp_path / "a.nii.gz")
+        load_image(path)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(data=st.data())
+def test_a_changed_byte_in_a_compressed_file_is_refused(tmp_path: Path, data: st.DataObject) -> None:
+    path = written(tmp_path / "a.nii.gz", noise((6, 6, 6)))
+    content = bytearray(path.read_bytes())
+    content[data.draw(st.integers(10, len(content) - 1))] ^= data.draw(st.integers(1, 255))  # behind gzip's own header
+    path.write_bytes(content)
+    with pytest.raises(FileError):
+        load_image(path)
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(changes=st.lists(st.tuples(st.integers(0, 347), st.integers(0, 255)), min_size=1, max_size=4))
+def test_any_change_of_the_header_is_read_or_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, changes: list[tuple[int, int]]
+) -> None:
+    path = written(tmp_path / "a.nii", noise((5, 6, 7)))
+    content = bytearray(path.read_bytes())
+    for place, value in changes:
+        content[place] = value
+    path.write_bytes(content)
+    with contextlib.suppress(InputError):
+        load_image(path)
 
 
 @pytest.mark.parametrize(("high", "dtype"), [(0, np.uint8), (255, np.uint8), (256, np.uint16), (65535, np.uint16)])

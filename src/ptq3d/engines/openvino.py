@@ -234,5 +234,16 @@ class _engine_errors:  # noqa: N801
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, RuntimeError):
-            raise EngineError(f"{self.tried}: {str(error).strip().splitlines()[-1]}") from error
+        from openvino import frontend
+
+        failures = (
+            RuntimeError,
+            frontend.GeneralFailure,
+            frontend.InitializationFailure,
+            frontend.NotImplementedFailure,
+            frontend.OpConversionFailure,
+            frontend.OpValidationFailure,
+        )
+        if isinstance(error, failures):
+            lines = [line for line in str(error).splitlines() if line.strip()]
+            raise EngineError(f"{self.tried}: {' '.join(lines[-2:])}") from error

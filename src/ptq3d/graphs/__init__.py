@@ -1,0 +1,1 @@
+"""ONNX in, ONNX out; knows nothing of quantization."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import onnx
 import onnx_ir as ir
 
 from ptq3d.errors import FileError, GraphError
@@ -31,8 +32,12 @@ def load_graph(path: Path) -> ir.Model:
     if not path.is_file():
         raise FileError(f"{path}: no such ONNX file. Export one with `ptq3d export`, or name an existing file.")
     try:
+        onnx.checker.check_model(path, full_check=True)
         model = ir.load(path)
         ir.external_data.load_to_model(model)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise GraphError(f"{path}: not a valid ONNX graph ({reason}). Export it again.") from error
     except (DecodeError, ValueError, OSError, KeyError) as error:
         raise FileError(
             f"{path}: not a readable ONNX file ({error}). It may be truncated; export or copy it again."

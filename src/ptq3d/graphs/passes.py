@@ -8,6 +8,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from ptq3d.errors import GraphError
+from ptq3d.graphs.layers import groups, shape_of
 
 FOLD_LIMIT_BYTES = 1 << 31
 QDQ = ("QuantizeLinear", "DequantizeLinear")
@@ -46,7 +47,22 @@ def simplify(model: ir.Model) -> ir.Model:
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     infer_shapes(model)
     name_nodes(model)
+    _check_channels(model)
     return model
+
+
+def _check_channels(model: ir.Model) -> None:
+    """ONNX's own shape inference takes a convolution whose weights are of other channels than its input."""
+    for node in model.graph:
+        if node.op_type not in ("Conv", "ConvTranspose"):
+            continue
+        x, weight = shape_of(node.inputs[0]), shape_of(node.inputs[1])
+        wanted = weight[1] * groups(node) if node.op_type == "Conv" else weight[0]
+        if x[1] != wanted:
+            raise GraphError(
+                f"the ONNX graph is invalid: {node.op_type} '{node.name}' reads {x[1]} channels, its weights take {wanted}. "
+                "Export it with the number of channels it was trained on."
+            )
 
 
 def _may_fold(node: ir.Node) -> bool | None:

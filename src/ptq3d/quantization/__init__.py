@@ -1,0 +1,1 @@
+"""From an FP32 graph and windows to a Q/DQ graph for a target."""

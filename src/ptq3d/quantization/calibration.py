@@ -147,7 +147,7 @@ def open_windows(path: Path, shape: tuple[int, int, int, int]) -> CalibrationWin
     try:
         found, number, cases = _describe(path)
     except ValueError as error:
-        if "pickle" in str(error).lower() or "Object arrays" in str(error):
+        if any(word in str(error) for word in ("pickle", "Object arrays", "Python objects")):
             raise CalibrationError(
                 f"{path} holds pickled Python objects, which can run code when they are loaded, so it is refused. "
                 "Save plain float32 arrays: np.save(path, windows.astype('float32'), allow_pickle=False)."

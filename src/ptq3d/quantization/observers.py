@@ -71,8 +71,9 @@ class Statistics:
         if self.number and not self.non_finite:
             return
         raise CalibrationError(
-            f"tensor '{self.name}' has no finite range: {self.number + self.non_finite} values seen, {self.non_finite} of them NaN or inf. "
-            f"The FP32 network itself overflows there: check the intensity rule, or leave the layer in floating point with --keep '{self.name}'."
+            f"tensor '{self.name}' has no finite range: {self.number + self.non_finite} values seen, "
+            f"{self.non_finite} of them NaN or inf. The FP32 network itself overflows there: check the intensity rule, "
+            f"or leave the layer in floating point with --keep '{self.name}'."
         )
 
     def bins(self) -> tuple[Doubles, npt.NDArray[np.int64]]:

@@ -1,0 +1,1 @@
+"""Volumes on their grids: files, geometry, preprocessing."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
+import math
 import os
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -149,8 +152,6 @@ def _read(path: Path) -> Voxels:
     if not path.is_file():
         raise FileError(f"{path}: {'a folder' if path.is_dir() else 'no such file'}; give a volume file.")
     data, affine = FORMATS[_suffix(path)].read(path)
-    if data.dtype.kind not in "fiub":
-        raise FileError(f"{path}: wanted one real number for each voxel, got {data.dtype}; convert it to grey values.")
     shape = data.shape
     while data.ndim > 3 and data.shape[-1] == 1:
         data = data[..., 0]
@@ -174,21 +175,57 @@ def read_nifti(path: Path) -> Voxels:
     """NIfTI-1 and NIfTI-2 through nibabel, intensities scaled by the header's slope and intercept.
 
     Raises:
-        FileError: nibabel cannot read it, or it ends before its last voxel.
+        FileError: nibabel cannot read it, it ends before its last voxel, or its checksum is wrong.
         GeometryError: the header gives a voxel size of zero, which nibabel would quietly take for 1 mm.
     """
     import nibabel
     from nibabel.filebasedimages import ImageFileError
     from nibabel.spatialimages import HeaderDataError
+    from nibabel.wrapstruct import WrapStructError
 
     try:
-        image = nibabel.load(path)
-        _require_voxel_sizes(path, image)
+        content = path.read_bytes()
+        if path.suffix.lower() == ".gz":
+            content = gzip.decompress(content)  # to its end, where the checksum is: nibabel stops at the last voxel
+        kinds = (nibabel.Nifti1Image, nibabel.Nifti2Image)
+        kind = next((kind for kind in kinds if kind.header_class.may_contain_header(content)), None)
+        if kind is None:
+            raise ImageFileError(f"no NIfTI header in its first {len(content[:540])} bytes")
+        _require_voxel_sizes(path, kind.header_class.from_fileobj(BytesIO(content), check=False))
+        image = kind.from_bytes(content)
+        _require_voxels(path, image.header, len(content))
         return np.asanyarray(image.dataobj), image.affine
-    except (ImageFileError, HeaderDataError, EOFError, OSError, ValueError, zlib.error) as error:
+    except (
+        ImageFileError,
+        HeaderDataError,
+        WrapStructError,
+        EOFError,
+        OSError,
+        OverflowError,
+        ValueError,
+        zlib.error,
+    ) as error:
         raise FileError(
             f"{path} is no readable NIfTI file, or it is truncated ({type(error).__name__}: {error}); copy it again."
         ) from error
+
+
+def _require_voxel_sizes(path: Path, header: nibabel.Nifti1Header) -> None:
+    """Look at the header as it is on disk: nibabel mends a zero to 1 while loading."""
+    rank = min(3, int(header["dim"][0]))
+    sizes = header["pixdim"][1 : 1 + rank]
+    if not (np.isfinite(sizes) & (sizes != 0)).all():
+        raise GeometryError(f"{path}: zero or broken spacing {sizes.tolist()} mm in its header; mend the header.")
+
+
+def _require_voxels(path: Path, header: nibabel.Nifti1Header, size: int) -> None:
+    """Real numbers, and as many as the header promises: nibabel would allocate them before it looks."""
+    dtype = header.get_data_dtype()
+    if dtype.kind not in "fiu":
+        raise FileError(f"{path}: wanted one real number for each voxel, got {dtype}; convert it to grey values.")
+    wanted = int(header.get_data_offset()) + math.prod(map(int, header.get_data_shape())) * dtype.itemsize
+    if size < wanted:
+        raise FileError(f"{path} is truncated: its header promises {wanted} bytes, got {size}; copy it again.")
 
 
 def write_nifti(path: Path, voxels: NDArray[Any], affine: Affine) -> None:
@@ -211,18 +248,6 @@ def write_nifti(path: Path, voxels: NDArray[Any], affine: Affine) -> None:
     image.set_sform(affine, code=1)
     image.header.set_xyzt_units("mm")
     nibabel.save(image, path)
-
-
-def _require_voxel_sizes(path: Path, image: nibabel.Nifti1Image) -> None:
-    """Look at the header as it is on disk: nibabel mends a zero to 1 while loading."""
-    from nibabel.openers import ImageOpener
-
-    with ImageOpener(path) as file:
-        header = type(image).header_class.from_fileobj(file, check=False)
-    rank = min(3, int(header["dim"][0]))
-    sizes = header["pixdim"][1 : 1 + rank]
-    if not (np.isfinite(sizes) & (sizes != 0)).all():
-        raise GeometryError(f"{path}: zero or broken spacing {sizes.tolist()} mm in its header; mend the header.")
 
 
 FORMATS: dict[str, Format] = {

@@ -41,9 +41,20 @@ class Bench:
     labels: Path
 
     def deploy(self, **changed: object) -> int:
-        given = {"model": self.onnx, "data": self.images, "labels": self.labels, "preprocessing": self.rules, "output": self.root / "out"}
+        given = {
+            "model": self.onnx,
+            "data": self.images,
+            "labels": self.labels,
+            "preprocessing": self.rules,
+            "output": self.root / "out",
+        }
         given.update(changed)
-        return main(["deploy", *(part for key, value in given.items() if value is not None for part in (f"--{key}", str(value)))])
+        return main(
+            [
+                "deploy",
+                *(part for key, value in given.items() if value is not None for part in (f"--{key}", str(value))),
+            ]
+        )
 
 
 @pytest.fixture
@@ -196,7 +207,9 @@ DATA_FAULTS: dict[str, tuple[Callable[[Bench], object], str]] = {
 
 @pytest.mark.parametrize("fault", DATA_FAULTS)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_bad_data_is_one_sentence_exit_2_and_no_output(fault: str, bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_data_is_one_sentence_exit_2_and_no_output(
+    fault: str, bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
     break_it, named = DATA_FAULTS[fault]
     break_it(bench)
     assert bench.deploy() == 2
@@ -238,7 +251,11 @@ def test_nothing_says_how_to_prepare(bench: Bench, capsys: pytest.CaptureFixture
 
 
 def test_engines_that_do_not_exist_or_do_not_fit(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
-    for changed, named in (({"engine": "tensorflow"}, "no engine"), ({"device": "NPU"}, "NPU"), ({"overlap": 1.0}, "overlap")):
+    for changed, named in (
+        ({"engine": "tensorflow"}, "no engine"),
+        ({"device": "NPU"}, "NPU"),
+        ({"overlap": 1.0}, "overlap"),
+    ):
         assert bench.deploy(**changed) == 2
         assert named in sentence(capsys)
 
@@ -264,7 +281,20 @@ def test_bad_calibration_files(fault: str, bench: Bench, capsys: pytest.CaptureF
     write, named = CALIBRATION_FAULTS[fault]
     write(bench.root / "calib.npy")
     output = bench.root / "int8.onnx"
-    assert main(["quantize", "--onnx-path", str(bench.onnx), "--calibration-data", str(bench.root / "calib.npy"), "--output", str(output)]) == 2
+    assert (
+        main(
+            [
+                "quantize",
+                "--onnx-path",
+                str(bench.onnx),
+                "--calibration-data",
+                str(bench.root / "calib.npy"),
+                "--output",
+                str(output),
+            ]
+        )
+        == 2
+    )
     assert named in sentence(capsys)
     assert not output.exists()
     assert not list(bench.root.glob(".*part*"))
@@ -274,17 +304,38 @@ def test_bad_checkpoints(bench: Bench, capsys: pytest.CaptureFixture[str]) -> No
     torch.save({"model_state_dict": Harmful()}, bench.root / "harmful.pth")
     torch.save({"model_state_dict": torch.nn.Conv3d(1, 2, 3).state_dict()}, bench.root / "other.pth")
     (bench.root / "half.pth").write_bytes((bench.root / "other.pth").read_bytes()[:200])
-    for name, named in (("harmful", "needs code"), ("other", "another network"), ("half", "half.pth"), ("none", "no such")):
+    for name, named in (
+        ("harmful", "needs code"),
+        ("other", "another network"),
+        ("half", "half.pth"),
+        ("none", "no such"),
+    ):
         output = bench.root / "exported.onnx"
-        assert main(["export", "--checkpoint", str(bench.root / f"{name}.pth"), "--net", "unet", "--output", str(output)]) == 2
+        assert (
+            main(["export", "--checkpoint", str(bench.root / f"{name}.pth"), "--net", "unet", "--output", str(output)])
+            == 2
+        )
         assert named in sentence(capsys)
         assert not output.exists()
 
 
 def test_modelopt_flags_that_mean_something_else_are_refused(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     np.save(bench.root / "c.npy", windows(1))
-    for flag, value in (("--quantize_mode", "int4"), ("--high_precision_dtype", "fp16"), ("--target", "toaster"), ("--keep", "nothing*")):
-        given = ["quantize", "--onnx_path", str(bench.onnx), "--calibration_data", str(bench.root / "c.npy"), flag, value]
+    for flag, value in (
+        ("--quantize_mode", "int4"),
+        ("--high_precision_dtype", "fp16"),
+        ("--target", "toaster"),
+        ("--keep", "nothing*"),
+    ):
+        given = [
+            "quantize",
+            "--onnx_path",
+            str(bench.onnx),
+            "--calibration_data",
+            str(bench.root / "c.npy"),
+            flag,
+            value,
+        ]
         assert main([*given, "--output", str(bench.root / "q.onnx")]) == 2
         assert value in sentence(capsys)
         assert not (bench.root / "q.onnx").exists()
@@ -299,11 +350,15 @@ def test_the_image_itself_is_never_overwritten(bench: Bench, capsys: pytest.Capt
 
 def test_import_and_help_are_light() -> None:
     """`import ptq3d` and `ptq3d --help` load no heavy library; help answers in well under half a second."""
-    heavy = "torch openvino monai lightning onnx onnxruntime nibabel matplotlib numpy".split()
+    heavy = ["torch", "openvino", "monai", "lightning", "onnx", "onnxruntime", "nibabel", "matplotlib", "numpy"]
     code = f"import ptq3d, ptq3d.cli, sys; print([name for name in {heavy} if name in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
     start = time.perf_counter()
-    shown = subprocess.run([sys.executable, "-m", "ptq3d.cli", "--help"], capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(
+        [sys.executable, "-m", "ptq3d.cli", "--help"], capture_output=True, text=True, check=True
+    ).stdout
     assert time.perf_counter() - start < 5  # the figure itself is in the README; here only: nothing heavy is loaded
     for verb in ("train", "export", "calibrate", "quantize", "build", "deploy", "compare", "inspect", "demo"):
         assert verb in shown

@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 import tempfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from ptq3d import __version__
@@ -18,6 +18,7 @@ from ptq3d.graphs.passes import simplify
 from ptq3d.manifest import FILE, Manifest, embedded, read_beside, sha256, write_beside
 from ptq3d.options import BuildOptions
 from ptq3d.pipeline import Written, class_names
+from ptq3d.quantization.qdq import planned_layers
 
 log = logging.getLogger("ptq3d")
 
@@ -62,7 +63,12 @@ def build_artefact(onnx: Path, folder: Path, engine: str, manifest: Manifest | N
     try:
         files = backend.build(onnx, scratch)
         manifest = replace(manifest, source={onnx.name: sha256(onnx)})
-        manifest = write_beside(scratch, manifest, files, runtime=engine, version=backend.version())
+        facts = {
+            "name": engine,
+            "version": backend.version(),
+            "layers": [asdict(layer) for layer in planned_layers(model)],
+        }
+        manifest = write_beside(scratch, manifest, files, facts)
         scratch.chmod(0o755)
         if folder.exists():
             shutil.rmtree(folder)

@@ -193,7 +193,7 @@ DESCRIPTION = (
 
 def run(options: Common) -> int:
     """Run the verb that `options` belong to; errors of ptq3d become one line on stderr and an exit code."""
-    with _warnings_on_stderr(quiet=options.quiet):
+    with _messages(quiet=options.quiet):
         try:
             VERBS[type(options)](options)
         except (Ptq3dError, OSError) as error:
@@ -208,16 +208,20 @@ def run(options: Common) -> int:
 
 
 @contextmanager
-def _warnings_on_stderr(*, quiet: bool) -> Iterator[None]:
+def _messages(*, quiet: bool) -> Iterator[None]:
+    """News of the package go to stdout, its warnings to stderr."""
     log = logging.getLogger("ptq3d")
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
-    handler.setLevel(logging.ERROR if quiet else logging.WARNING)
-    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    warnings = logging.StreamHandler(sys.stderr)
+    warnings.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    warnings.setLevel(logging.ERROR if quiet else logging.WARNING)
+    news = logging.StreamHandler(sys.stdout)
+    news.addFilter(lambda record: record.levelno == logging.INFO and not quiet)
+    log.handlers[:] = [warnings, news]
     try:
         yield
     finally:
-        log.removeHandler(handler)
+        log.handlers.clear()
 
 
 def _verb(module: str, name: str) -> Callable[..., Any]:

@@ -58,15 +58,12 @@ def demo(options: DemoOptions) -> Comparison | None:
         write_phantoms(data, train=options.train_cases, test=options.test_cases, seed=options.seed, progress=progress)
     if options.data_only is not None:
         return None
-    _step(options, "1/5 train a U-Net on phantoms")
+    log.info("1/5 train a U-Net on phantoms")
     trained = train(_training(options, data))
-    _step(
-        options,
-        f"    loss {trained.losses[0]:.2f} -> {np.mean(trained.losses[-10:]):.2f} in {len(trained.losses)} steps",
-    )
-    _step(options, "2/5 export to ONNX, checked against PyTorch")
+    log.info("    loss %.2f -> %.2f in %d steps", trained.losses[0], np.mean(trained.losses[-10:]), len(trained.losses))
+    log.info("2/5 export to ONNX, checked against PyTorch")
     fp32 = export(ExportOptions(checkpoint=trained.best, output=folder / "unet_fp32.onnx", quiet=options.quiet))
-    _step(options, "3/5 calibrate on training phantoms and quantize to INT8")
+    log.info("3/5 calibrate on training phantoms and quantize to INT8")
     windows = folder / "calibration.npz"
     calibrate(CalibrateOptions(data=data / "train/images", onnx_path=fp32.path, output=windows, quiet=options.quiet))
     int8 = quantize(
@@ -74,9 +71,9 @@ def demo(options: DemoOptions) -> Comparison | None:
             onnx_path=fp32.path, calibration_data=windows, output_path=folder / "unet_int8.onnx", quiet=options.quiet
         )
     )
-    _step(options, "4/5 build the engines")
+    log.info("4/5 build the engines")
     engines = [build(BuildOptions(onnx_path=path)).path for path in (fp32.path, int8.path)]
-    _step(options, "5/5 segment the held-out phantoms and compare")
+    log.info("5/5 segment the held-out phantoms and compare")
     found = compare(
         CompareOptions(
             models=tuple(map(str, engines)),
@@ -90,14 +87,6 @@ def demo(options: DemoOptions) -> Comparison | None:
     write_text(folder / "report.json", json.dumps(found.to_dict(), indent=1) + "\n")
     _draw(folder, data, found)
     return found
-
-
-def _step(options: DemoOptions, line: str) -> None:
-    if not options.quiet:
-        import sys
-
-        sys.stdout.write(line + "\n")
-        sys.stdout.flush()
 
 
 def _training(options: DemoOptions, data: Path) -> TrainOptions:

@@ -10,28 +10,11 @@ from typing import Any
 from ptq3d.engines import BACKENDS, load_backend
 from ptq3d.errors import FileError
 from ptq3d.graphs.files import load_graph, static_input_shape
-from ptq3d.graphs.layers import layers, parameter_count, shape_of
+from ptq3d.graphs.layers import parameter_count, shape_of
 from ptq3d.graphs.passes import is_quantized, simplify
-from ptq3d.manifest import FILE, Manifest, embedded, read_beside, sha256
+from ptq3d.manifest import Manifest, embedded, read_beside, sha256
 from ptq3d.options import InspectOptions
-from ptq3d.quantization.qdq import integer_layers
-
-
-@dataclass(frozen=True)
-class LayerFact:
-    """One multiplying layer as the file holds it.
-
-    Args:
-        name: of the node.
-        op: ONNX operator.
-        macs: multiply-accumulates of one window.
-        precision: "int8" where both inputs are dequantized integers, otherwise "float".
-    """
-
-    name: str
-    op: str
-    macs: int
-    precision: str
+from ptq3d.quantization.qdq import PlannedLayer, planned_layers
 
 
 @dataclass(frozen=True)
@@ -42,13 +25,13 @@ class Inspection:
         path: the file or folder.
         kind: "onnx", "engine" or "engines" (of this machine).
         facts: everything else, JSON-able.
-        layers: of an ONNX file.
+        layers: every multiplying layer with the precision that the file asks for; `compare` says what ran.
     """
 
     path: Path | None
     kind: str
     facts: dict[str, Any]
-    layers: tuple[LayerFact, ...] = ()
+    layers: tuple[PlannedLayer, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -87,18 +70,15 @@ def _engine(path: Path) -> Inspection:
         "available": runtime.unavailable() or "available",
         **_manifest_facts(manifest),
     }
-    return Inspection(path, "engine", {**facts, "manifest_file": FILE})
+    found = tuple(PlannedLayer(**layer) for layer in manifest.engine.get("layers", ()))
+    return Inspection(path, "engine", facts, found)
 
 
 def _onnx(path: Path) -> Inspection:
     model = load_graph(path)
     manifest = embedded(model, where=path)
     model = simplify(model)
-    integer = integer_layers(model)
-    found = tuple(
-        LayerFact(layer.name, layer.op, layer.macs, "int8" if layer.name in integer else "float")
-        for layer in layers(model)
-    )
+    found = planned_layers(model)
     macs = sum(layer.macs for layer in found)
     facts = {
         "size_bytes": path.stat().st_size,
@@ -124,6 +104,6 @@ def _manifest_facts(manifest: Manifest) -> dict[str, Any]:
         "overlap": manifest.overlap,
         "preprocessing": None if manifest.preprocessing is None else manifest.preprocessing.to_dict(),
         "quantization": dict(manifest.quantization),
-        "engine": {key: value for key, value in manifest.engine.items() if key != "files"},
+        "engine": {key: value for key, value in manifest.engine.items() if key not in ("files", "layers")},
         "source": dict(manifest.source),
     }

@@ -37,7 +37,7 @@ class Manifest:
         network: name of the architecture, "onnx" for a foreign file.
         quantization: recipe, calibration cases and layer precisions; empty for FP32.
         source: where it came from: file name -> SHA-256.
-        engine: runtime, its version and the files of the artefact with their SHA-256; empty inside an ONNX file.
+        engine: runtime, its version, its layers and the files of the artefact with their SHA-256; empty inside an ONNX file.
     """
 
     labels: tuple[str, ...]
@@ -103,14 +103,19 @@ def embedded(model: ir.Model, *, where: Path) -> Manifest | None:
     return None if text is None else Manifest.from_json(text, where=str(where))
 
 
-def write_beside(folder: Path, manifest: Manifest, files: Iterable[Path], *, runtime: str, version: str) -> Manifest:
+def write_beside(folder: Path, manifest: Manifest, files: Iterable[Path], engine: Mapping[str, Any]) -> Manifest:
     """Write `manifest.json` into an artefact's folder, with the hashes of its files.
+
+    Args:
+        folder: of the artefact.
+        manifest: of its network.
+        files: what the runtime wrote there.
+        engine: name and version of the runtime, and the layers of the network.
 
     Returns:
         The manifest as written.
     """
-    engine = {"name": runtime, "version": version, "files": {path.name: sha256(path) for path in files}}
-    complete = replace(manifest, engine=engine)
+    complete = replace(manifest, engine={**engine, "files": {path.name: sha256(path) for path in files}})
     write_text(folder / FILE, complete.to_json())
     return complete
 

@@ -174,8 +174,8 @@ def calibrate(options: CalibrateOptions) -> Written:
                 cases, prepared, window, options.number, seed=options.seed, hashes=hashes, progress=progress
             )
         )
-        number = calibration.save_windows(options.output, windows, hashes)
-    facts = {"windows": number, "window": list(window), "cases": hashes}
+        calibration.save_windows(options.output, windows, options.number, hashes)
+    facts = {"windows": options.number, "window": list(window), "cases": hashes}
     return Written(options.output, options.output.stat().st_size, facts)
 
 

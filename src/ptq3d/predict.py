@@ -215,9 +215,9 @@ def deploy_cases(
     deployment: Deployment, cases: list[Case], output: Path, *, label_map: LabelMap, quiet: bool = False
 ) -> tuple[CaseResult, ...]:
     """Segment `cases` one by one into `output`/<name>.nii.gz."""
-    if deployment.options.threads:
-        import torch
+    import torch  # before the first case is timed
 
+    if deployment.options.threads:
         torch.set_num_threads(deployment.options.threads)
     with deployment.open() as engine:
         return tuple(_deploy_case(deployment, engine, case, output, label_map=label_map, quiet=quiet) for case in cases)

@@ -152,7 +152,7 @@ def test_closing_twice_is_fine_and_use_after_close_is_not(backend: str, open_eng
 
 def test_an_unknown_device_is_an_error_never_another_one(backend: str, open_engine: Open, tmp_path: Path) -> None:
     onnx = NETWORKS["meshnet"](tmp_path / "meshnet.onnx")
-    with pytest.raises(InputError, match="cuda:7|CUDA:7"):
+    with pytest.raises(InputError, match=r"cuda:7|CUDA:7"):
         open_engine(backend, onnx, device="cuda:7")
 
 

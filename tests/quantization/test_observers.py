@@ -20,7 +20,12 @@ def seen(*pieces: np.ndarray) -> Statistics:
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.lists(st.integers(0, 999), max_size=6), st.sampled_from(sorted(RANGE_METHODS)), st.booleans())
+@given(
+    st.integers(0, 2**32 - 1),
+    st.lists(st.integers(0, 999), max_size=6),
+    st.sampled_from(sorted(RANGE_METHODS)),
+    st.booleans(),
+)
 def test_order_and_splitting_do_not_matter(seed: int, cuts: list[int], method: str, symmetric: bool) -> None:
     random = np.random.default_rng(seed)
     values = (random.normal(0, 1, 1000) * 10 ** random.uniform(-3, 3)).astype(np.float32)

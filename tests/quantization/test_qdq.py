@@ -22,7 +22,9 @@ def write(path: Path, target: str = "openvino", keep: tuple[str, ...] = ()) -> t
     model = simplify(load_graph(path))
     placement = planning.place(model, TARGETS[target], keep=keep)
     tensors = [name for group in placement.tensors for name in group]
-    ranges = collect_ranges(model, tensors, [w[None] for w in windows(2)], method="max", symmetric=TARGETS[target].symmetric)
+    ranges = collect_ranges(
+        model, tensors, [w[None] for w in windows(2)], method="max", symmetric=TARGETS[target].symmetric
+    )
     plan = planning.plan(model, placement, ranges, TARGETS[target])
     output = path.with_name("q.onnx")
     save_graph(qdq.write(model, plan), output)
@@ -78,7 +80,7 @@ def test_kept_layers_stay_in_floating_point(tmp_path: Path) -> None:
 
 
 def test_a_pattern_that_matches_nothing_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="no_such_layer.*The layers are: conv"):
+    with pytest.raises(OptionError, match=r"no_such_layer.*The layers are: conv"):
         write(NETWORKS["unet"](tmp_path / "n.onnx"), keep=("no_such_layer",))
     with pytest.raises(OptionError, match="no layer is left"):
         write(NETWORKS["unet"](tmp_path / "n.onnx"), keep=("*",))

@@ -12,7 +12,7 @@ from monai.data import MetaTensor
 from monai.transforms import Orientation, Spacing
 from nibabel.processing import resample_from_to
 
-from ptq3d.errors import OptionError, ShapeError
+from ptq3d.errors import GeometryError, OptionError, ShapeError
 from ptq3d.volumes.resample import oriented_grid, reorient, resample_onto, resample_slabs, respace, spaced_grid
 from ptq3d.volumes.volume import Volume
 
@@ -65,7 +65,10 @@ def test_linear_respace_is_monais(
 def test_linear_respace_of_sheared_grids_is_monais(
     shape: tuple[int, int, int], affine: np.ndarray, spacing: tuple[float, float, float]
 ) -> None:
-    volume = Volume(noise((1, *shape)), affine)
+    data = (
+        np.random.default_rng(0).uniform(size=(1, *shape)).astype(np.float32)
+    )  # 0..1: nearly parallel axes err by range
+    volume = Volume(data, affine)
     ours, theirs = respace(volume, spacing, mode="linear"), respaced_by_monai(volume, spacing, "bilinear")
     assert ours.shape == tuple(theirs.shape[1:])
     np.testing.assert_allclose(ours.affine, theirs.affine.numpy(), atol=1e-9)
@@ -174,6 +177,12 @@ def test_an_orientation_names_each_direction_once(axcodes: str) -> None:
 def test_a_spacing_is_three_numbers_above_zero(spacing: object) -> None:
     with pytest.raises(OptionError, match="spacing"):
         respace(Volume(noise((1, 2, 2, 2)), np.eye(4)), spacing, mode="linear")
+
+
+def test_a_header_in_micrometres_is_refused_before_memory_is_taken() -> None:
+    volume = Volume(noise((1, 20, 20, 20)), np.diag([800.0, 800.0, 3000.0, 1.0]))
+    with pytest.raises(GeometryError, match="micrometres"):
+        respace(volume, (1.5, 1.5, 2.0), mode="linear")
 
 
 def test_labels_are_never_interpolated() -> None:

@@ -152,13 +152,17 @@ def test_a_file_cut_anywhere_is_refused(tmp_path: Path, data: st.DataObject, nam
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(data=st.data())
-def test_a_changed_byte_in_a_compressed_file_is_refused(tmp_path: Path, data: st.DataObject) -> None:
+def test_a_changed_byte_in_a_compressed_file_changes_nothing_unseen(tmp_path: Path, data: st.DataObject) -> None:
+    """Refused, but where the byte codes the same voxels in another way (lengths of symbols that never come)."""
     path = written(tmp_path / "a.nii.gz", noise((6, 6, 6)))
     content = bytearray(path.read_bytes())
     content[data.draw(st.integers(10, len(content) - 1))] ^= data.draw(st.integers(1, 255))  # behind gzip's own header
     path.write_bytes(content)
-    with pytest.raises(FileError):
-        load_image(path)
+    try:
+        volume = load_image(path)
+    except FileError:
+        return
+    np.testing.assert_array_equal(volume.data[0], noise((6, 6, 6)))
 
 
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)

@@ -82,48 +82,49 @@ def draw_windows(
         yield padded[:, x, y, z]
 
 
-def save_windows(path: Path, windows: Iterable[Window], cases: Mapping[str, str]) -> int:
+def save_windows(path: Path, windows: Iterable[Window], number: int, cases: Mapping[str, str]) -> None:
     """Write windows to `.npy` (one array, as the seed's tools read it) or `.npz` (with the cases they come from).
 
     Args:
         path: where to; written beside its place and renamed.
-        windows: (C, X, Y, Z) float32 each.
-        cases: case name -> SHA-256 of its image; read after the last window.
-
-    Returns:
-        The number written.
+        windows: (C, X, Y, Z) float32 each, taken one at a time.
+        number: how many they are, at least one.
+        cases: case name -> SHA-256 of its image; read after the last window (a .npy has no place for them).
 
     Raises:
-        FileError: another suffix, or no window.
+        FileError: another suffix.
+        CalibrationError: no window is asked for.
     """
     if path.suffix not in (".npy", ".npz"):
         raise FileError(f"{path}: calibration windows go into a .npy or .npz file.")
+    if number < 1:
+        raise CalibrationError(f"{number} calibration windows are asked for; at least one is needed.")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{os.getpid()}.part.{path.name}")
     try:
-        number = _save_npz(temporary, windows, cases) if path.suffix == ".npz" else _save_npy(temporary, windows)
-        if not number:
-            raise FileError(f"{path}: there is no window to write.")
+        if path.suffix == ".npz":
+            _save_npz(temporary, windows, cases)
+        else:
+            _save_npy(temporary, windows, number)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    return number
 
 
-def _save_npy(path: Path, windows: Iterable[Window]) -> int:
-    kept = list(windows)
-    np.save(path, np.stack(kept) if kept else np.empty(0, np.float32), allow_pickle=False)
-    return len(kept)
+def _save_npy(path: Path, windows: Iterable[Window], number: int) -> None:
+    stored = None
+    for index, window in enumerate(windows):
+        if stored is None:
+            stored = np.lib.format.open_memmap(path, "w+", np.float32, (number, *window.shape))
+        stored[index] = window
 
 
-def _save_npz(path: Path, windows: Iterable[Window], cases: Mapping[str, str]) -> int:
-    number = 0
+def _save_npz(path: Path, windows: Iterable[Window], cases: Mapping[str, str]) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-        for number, window in enumerate(windows, 1):
-            _put(archive, f"window_{number:05d}", window.astype(np.float32, copy=False))
+        for index, window in enumerate(windows):
+            _put(archive, f"window_{index:05d}", window.astype(np.float32, copy=False))
         _put(archive, "case_names", np.asarray(list(cases), dtype=np.str_))
         _put(archive, "case_sha256", np.asarray(list(cases.values()), dtype=np.str_))
-    return number
 
 
 def _put(archive: zipfile.ZipFile, name: str, array: npt.NDArray[np.generic]) -> None:

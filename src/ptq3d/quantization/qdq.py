@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
 from ptq3d.errors import GraphError
-from ptq3d.graphs.layers import WEIGHT_AXIS, weight_value
+from ptq3d.graphs.layers import WEIGHT_AXIS, layers, weight_value
 from ptq3d.graphs.passes import infer_shapes, is_quantized
 from ptq3d.int8 import Scale, quantize
 from ptq3d.quantization.planning import Plan
@@ -111,6 +113,32 @@ def _value(model: ir.Model, name: str) -> ir.Value:
             if value.name == name:
                 return value
     raise GraphError(f"the graph has no tensor '{name}'; the plan belongs to another graph.")
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """One multiplying layer as a file holds it.
+
+    Args:
+        name: of the node.
+        op: ONNX operator.
+        macs: multiply-accumulates of one window.
+        precision: "int8" where both inputs are dequantized integers, otherwise "float".
+    """
+
+    name: str
+    op: str
+    macs: int
+    precision: str
+
+
+def planned_layers(model: ir.Model) -> tuple[PlannedLayer, ...]:
+    """Every multiplying layer of a simplified graph with the precision that its Q/DQ ask for."""
+    integer = integer_layers(model)
+    return tuple(
+        PlannedLayer(layer.name, layer.op, layer.macs, "int8" if layer.name in integer else "float")
+        for layer in layers(model)
+    )
 
 
 def integer_layers(model: ir.Model) -> frozenset[str]:

@@ -147,15 +147,16 @@ def _trainer(options: TrainingOptions, segmenter: Segmenter) -> Any:
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     validates = len(segmenter.validation_cases) > 0
-    keep = ModelCheckpoint(
-        options.output_dir,
-        "best",
+    common = {"dirpath": options.output_dir, "save_on_train_epoch_end": True, "enable_version_counter": False}
+    best = ModelCheckpoint(
+        filename="best",
         monitor="val_dice" if validates else "train_loss_epoch",
         mode="max" if validates else "min",
-        save_last=True,
-        save_on_train_epoch_end=True,
-        enable_version_counter=False,
+        **common,
     )
+    last = ModelCheckpoint(
+        filename="last", **common
+    )  # `save_last` of the other would skip epochs that are not the best
     try:
         return Trainer(
             accelerator=options.accelerator,
@@ -167,7 +168,7 @@ def _trainer(options: TrainingOptions, segmenter: Segmenter) -> Any:
             num_sanity_val_steps=0,
             limit_val_batches=None if validates else 0,
             log_every_n_steps=1,
-            callbacks=[keep],
+            callbacks=[best, last],
             logger=TensorBoardLogger(options.output_dir, name="logs", version=""),
             enable_model_summary=False,
             enable_progress_bar=not options.quiet and sys.stderr.isatty(),

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq3d.errors import OptionError, ShapeError
+from ptq3d.errors import GeometryError, OptionError, ShapeError
 from ptq3d.volumes.volume import Affine, Grid, Shape, Volume, voxel_map
 
 Mode: TypeAlias = Literal["linear", "nearest"]
@@ -25,8 +25,9 @@ Slab: TypeAlias = tuple[Index, NDArray[Any]]
 SAME_MM = 1e-3  # MONAI's AFFINE_TOL: spacings and affines this close count as equal
 SAME_CORNER = 1e-8  # the tolerance of np.allclose that decides in MONAI which corner stays in place
 SNAP_VOXELS = 1e-6  # coordinates are snapped so that rounding noise neither blurs a voxel nor breaks a tie
-PARALLEL_VOXELS = 1e-4  # float32 headers of oblique scans tilt axes by less than this
-SLAB_PLANES = 8  # 512 x 512 float32 planes stay in the cache; 4 and 32 planes were slower
+PARALLEL_VOXELS = 3e-5  # float32 headers tilt oblique axes by about this; it errs by < 1e-4 of the value range
+SLAB_PLANES = 8  # enough that Python's loop costs nothing, few enough that the passes stay near the cache
+LARGEST_VOXELS = 2**31  # 8 GB of float32: nobody means that, the header's unit is wrong
 
 
 def oriented_grid(grid: Grid, axcodes: str) -> Grid:
@@ -104,6 +105,7 @@ def spaced_grid(grid: Grid, spacing: tuple[float, float, float]) -> Grid:
 
     Raises:
         OptionError: `spacing` is not three finite numbers above zero.
+        GeometryError: the result would have more than 2^31 voxels.
 
     Source: MONAI 1.6 Spacing, zoom_affine, compute_shape_offset.
     """
@@ -117,7 +119,13 @@ def spaced_grid(grid: Grid, spacing: tuple[float, float, float]) -> Grid:
     wanted[:3, :3] = linear @ np.linalg.inv(triangle) @ np.diag(sizes)
     corners = np.array([(*corner, 1.0) for corner in itertools.product(*((0.0, size - 1.0) for size in shape))]).T
     reached = (voxel_map(wanted, affine) @ corners)[:3]
-    x, y, z = np.round(np.ptp(reached, axis=1) + 1.0).astype(int).tolist()
+    counts = np.round(np.ptp(reached, axis=1) + 1.0)
+    if not counts.prod() <= LARGEST_VOXELS:
+        raise GeometryError(
+            f"{shape} voxels of {present.round(6).tolist()} mm would become {counts.tolist()} voxels of {spacing} mm; "
+            "mend the spacing in the file's header (is it in micrometres or metres?), or choose a coarser one."
+        )
+    x, y, z = (int(count) for count in counts)
     wanted[:3, 3] = _first_voxel(affine, wanted, corners=corners, reached=reached, shapes=(shape, (x, y, z)))
     steps = voxel_map(affine, wanted)
     if (x, y, z) == shape and (_same(affine, wanted) or _same(steps, np.eye(4))):

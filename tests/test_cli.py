@@ -370,3 +370,16 @@ def test_public_names_exist_and_are_sorted() -> None:
     assert list(ptq3d.__all__) == sorted(ptq3d.__all__)
     for name in ptq3d.__all__:
         assert getattr(ptq3d, name) is not None
+
+
+def test_peak_memory_is_the_processes_own() -> None:
+    """A child of a large process must not inherit its peak."""
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    from ptq3d.compare import peak_memory_bytes
+
+    large = np.ones(60_000_000)
+    assert peak_memory_bytes() > large.nbytes
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        assert pool.submit(peak_memory_bytes).result() < large.nbytes

@@ -324,6 +324,7 @@ def test_cases_are_what_deployment_sees(data: Path) -> None:
         ({"learning_rate": 0.0}, OptionError, "learning_rate"),
         ({"learning_rate": float("nan")}, OptionError, "learning_rate"),
         ({"workers": -1}, OptionError, "workers"),
+        ({"seed": -1}, OptionError, "seed"),
         ({"label_map": LabelMap.identity(NAMES[:2])}, LabelError, r"label0000\.nii\.gz.*2"),
         ({"label_map": LabelMap(NAMES, {}, others=0)}, LabelError, "no training case"),
         ({"resume": Path("gone.ckpt")}, FileError, r"gone\.ckpt"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import resource
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -299,8 +298,22 @@ def _segment(deployment: Deployment, cases: list[Case], output: Path) -> _Run:
     results = deploy_cases(
         deployment, unlabelled, output, label_map=LabelMap.identity(deployment.manifest.labels), quiet=True
     )
+    return _Run(results, peak_memory_bytes())
+
+
+def peak_memory_bytes() -> int:
+    """The most memory this process ever held.
+
+    Linux hands `ru_maxrss` on from parent to child, so there the high-water mark of /proc is read instead.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        lines = status.read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
+    import resource
+
     unit = 1 if sys.platform == "darwin" else 1024
-    return _Run(results, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _judge(

@@ -134,10 +134,10 @@ def test_the_same_seed_writes_the_same_bytes(tmp_path: Path) -> None:
         assert (tmp_path / "a/train" / path).read_bytes() == (tmp_path / "b/train" / path).read_bytes()
 
 
-@pytest.mark.parametrize(("train", "test"), [(0, 0), (-1, 2), (3, -1)])
-def test_no_phantoms_at_all_is_refused(train: int, test: int, tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match=f"train={train} and test={test}"):
-        write_phantoms(tmp_path / "out", train=train, test=test)
+@pytest.mark.parametrize(("train", "test", "seed"), [(0, 0, 0), (-1, 2, 0), (3, -1, 0), (1, 1, -5)])
+def test_no_phantoms_at_all_are_refused(train: int, test: int, seed: int, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=f"train={train}, test={test}, seed={seed}"):
+        write_phantoms(tmp_path / "out", train=train, test=test, seed=seed)
     assert not (tmp_path / "out").exists()
 
 

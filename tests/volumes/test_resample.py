@@ -8,6 +8,7 @@ import pytest
 import torch
 from grids import affines, noise, orientations, shapes, spacings, world
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from monai.data import MetaTensor
 from monai.transforms import Orientation, Spacing
 from nibabel.processing import resample_from_to
@@ -93,6 +94,35 @@ def test_nearest_gives_every_voxel_an_equal_share() -> None:
     volume = Volume(np.arange(6, dtype=np.uint8).reshape(1, 6, 1, 1), np.diag([3.0, 1.0, 1.0, 1.0]))
     finer = respace(volume, (1.5, 1.0, 1.0), mode="nearest")
     assert finer.data.ravel().tolist() == [0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+
+
+@settings(max_examples=60, deadline=None)
+@given(shapes(2), affines(), st.tuples(*[st.sampled_from([0.5, 0.25, 1.0, 1.5])] * 3))
+def test_ties_do_not_depend_on_how_the_patient_lies(
+    shape: tuple[int, int, int], affine: np.ndarray, factors: tuple[float, float, float]
+) -> None:
+    labels = np.arange(np.prod(shape), dtype=np.uint16).reshape(1, *shape)
+    straight = Volume(labels, np.eye(4))
+    lying = affine.copy()
+    lying[:3, :3] /= np.linalg.norm(affine[:3, :3], axis=0)
+    finer = np.diag([*factors, 1.0])
+    target = tuple(int((size - 1) / factor) + 1 for size, factor in zip(shape, factors, strict=True))
+    expected = resample_onto(straight, target, finer, mode="nearest").data
+    np.testing.assert_array_equal(
+        resample_onto(Volume(labels, lying), target, lying @ finer, mode="nearest").data, expected
+    )
+
+
+def test_axes_that_are_nearly_parallel_err_by_their_tilt() -> None:
+    """A ramp along X read on axes that lean by 2 * 2.5e-5 voxels over the grid: the error is half of that at both ends."""
+    shape = (40, 41, 42)
+    ramp = np.broadcast_to(np.arange(40, dtype=np.float32)[:, None, None], shape)[None]
+    lean = np.eye(4)
+    lean[0, 1] = 2.5e-5 / 20
+    lean[0, 3] = 0.25
+    moved = resample_onto(Volume(ramp.copy(), np.eye(4)), (39, 41, 42), lean, mode="linear")
+    exact = world((39, 41, 42), lean)[0]
+    assert np.abs(moved.data[0] - exact).max() < 3e-5
 
 
 @settings(max_examples=60, deadline=None)

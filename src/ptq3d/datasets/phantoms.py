@@ -143,15 +143,15 @@ def write_phantoms(
         folder: made where it is missing; files of the same names are replaced.
         train: number of cases under `train`, at least 0.
         test: number of cases under `test`, at least 0.
-        seed: every number of every case follows from it.
+        seed: every number of every case follows from it; at least 0.
         progress: called with (cases done, cases wanted) after each case.
 
     Raises:
-        OptionError: a negative number of cases, or none at all.
+        OptionError: a negative number, or no cases at all.
         FileError: the folder cannot be made or written.
     """
-    if train < 0 or test < 0 or train + test == 0:
-        raise OptionError(f"at least one phantom is wanted, got train={train} and test={test}. Give a positive number.")
+    if min(train, test, seed) < 0 or train + test == 0:
+        raise OptionError(f"phantoms need train + test >= 1 and a seed >= 0, got train={train}, test={test}, {seed=}.")
     for index in range(train + test):
         part = Path(folder) / ("train" if index < train else "test")
         phantom = make_phantom(seed, index)

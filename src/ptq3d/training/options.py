@@ -78,9 +78,10 @@ class TrainingResult:
     Attributes:
         best: checkpoint of the epoch with the highest validation Dice; without validation, the lowest training loss.
         last: checkpoint of the end, with all that resuming needs.
-        losses: loss of every step of this run.
+        losses: loss of every step of this run, on the windows of this process.
         validation_dice: mean Dice over validation cases and foreground classes, once for each epoch of this run.
         seed_checkpoint: `checkpoint_epoch_{N}.pth`, where it was wanted.
+        main_process: False in the processes that Lightning starts for further devices; only the main one should report.
     """
 
     best: Path
@@ -88,6 +89,7 @@ class TrainingResult:
     losses: tuple[float, ...]
     validation_dice: tuple[float, ...]
     seed_checkpoint: Path | None = None
+    main_process: bool = True
 
 
 @dataclass(frozen=True)
@@ -143,5 +145,6 @@ def check_options(options: TrainingOptions) -> None:
             raise OptionError(f"{name} must be at least 0 and below 1, got {getattr(options, name)}.")
     if not options.learning_rate > 0:
         raise OptionError(f"learning_rate must be above 0, got {options.learning_rate}.")
-    if options.workers < 0:
-        raise OptionError(f"workers must be at least 0, got {options.workers}.")
+    for name in ("seed", "workers"):
+        if getattr(options, name) < 0:
+            raise OptionError(f"{name} must be at least 0, got {getattr(options, name)}.")

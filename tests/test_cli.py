@@ -100,7 +100,8 @@ def test_the_whole_flow(bench: Bench, capsys: pytest.CaptureFixture[str]) -> Non
         assert np.issubdtype(written.get_data_dtype(), np.integer)
         assert set(np.unique(written.dataobj)) <= set(range(4))
     assert main(["compare", str(bench.onnx), str(engine), f"{bench.onnx}@torch", "--data", str(bench.images), "--labels",
-                 str(bench.labels), "--preprocessing", str(bench.rules), "--repetitions", "3", "--report", str(root / "r.json")]) == 0  # fmt: skip
+                 str(bench.labels), "--preprocessing", str(bench.rules),
+                 "--repetitions", "3", "--report", str(root / "r.json")]) == 0  # fmt: skip
     rows = json.loads((root / "r.json").read_text())["rows"]
     assert [row["precision"] for row in rows] == ["fp32", "int8", "fp32"]
     assert [row["int8_mac_share"] for row in rows] == [0, 1, 0]

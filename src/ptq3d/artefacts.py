@@ -9,7 +9,6 @@ import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from ptq3d import __version__
 from ptq3d.engines import choose_backend, get_backend
 from ptq3d.errors import OptionError
 from ptq3d.graphs.files import load_graph, static_input_shape
@@ -19,6 +18,7 @@ from ptq3d.manifest import FILE, Manifest, embedded, read_beside, sha256, write_
 from ptq3d.options import BuildOptions
 from ptq3d.pipeline import Written, class_names
 from ptq3d.quantization.qdq import planned_layers
+from ptq3d.version import __version__
 
 log = logging.getLogger("ptq3d")
 

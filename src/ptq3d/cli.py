@@ -175,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 1 for a fault, 2 for the user's mistake."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given == ["--version"]:
-        from ptq3d import __version__
+        from ptq3d.version import __version__
 
         sys.stdout.write(f"ptq3d {__version__}\n")
         return 0

@@ -338,7 +338,7 @@ def machine() -> dict[str, Any]:
     import os
     import platform
 
-    from ptq3d import __version__
+    from ptq3d.version import __version__
 
     return {
         "processor": _processor(),

@@ -35,9 +35,9 @@ log = logging.getLogger("ptq3d")
 SPACING = (3.0, 3.0, 4.0)
 WINDOW = (64, 64, 48)
 CHANNELS = (16, 32, 64, 128, 256)
-STEPS = 300
-LEARNING_RATE = 3e-3
-BATCH_SIZE = 2
+STEPS = 400
+LEARNING_RATE = 8e-3
+BATCH_SIZE = 1
 
 
 def demo(options: DemoOptions) -> Comparison | None:
@@ -62,7 +62,7 @@ def demo(options: DemoOptions) -> Comparison | None:
     trained = train(_training(options, data))
     log.info("    loss %.2f -> %.2f in %d steps", trained.losses[0], np.mean(trained.losses[-10:]), len(trained.losses))
     log.info("2/5 export to ONNX, checked against PyTorch")
-    fp32 = export(ExportOptions(checkpoint=trained.best, output=folder / "unet_fp32.onnx", quiet=options.quiet))
+    fp32 = export(ExportOptions(checkpoint=trained.last, output=folder / "unet_fp32.onnx", quiet=options.quiet))
     log.info("3/5 calibrate on training phantoms and quantize to INT8")
     windows = folder / "calibration.npz"
     calibrate(CalibrateOptions(data=data / "train/images", onnx_path=fp32.path, output=windows, quiet=options.quiet))

@@ -242,5 +242,5 @@ class DemoOptions(Common):
     """Phantoms held out."""
     max_steps: int | None = None
     """Training steps; default: enough for the demo's Dice."""
-    seed: int = 0
-    """Equal seeds make equal phantoms and runs."""
+    seed: int = 1
+    """Equal seeds make equal phantoms and runs; seed 0 is the one that the demo's settings were tuned on."""

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ptq3d import __version__
 from ptq3d.datasets.folders import Case, find_cases
 from ptq3d.datasets.label_map import LabelMap
 from ptq3d.engines import choose_backend, get_backend
@@ -28,6 +27,7 @@ from ptq3d.options import CalibrateOptions, ExportOptions, QuantizeOptions, Trai
 from ptq3d.progress import Progress, bar, silent
 from ptq3d.quantization import calibration, planning, qdq
 from ptq3d.quantization.targets import get_target
+from ptq3d.version import __version__
 from ptq3d.volumes.files import load_image, load_labels
 from ptq3d.volumes.preprocessing import PRESETS, Preprocessing
 

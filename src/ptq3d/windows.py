@@ -115,7 +115,7 @@ def blend(
         OptionError: see `window_starts`, or a batch below 1.
         ShapeError: `image` is not (C, X, Y, Z) float32, or `network` changes the shape or dtype of the windows.
 
-    Source: equal to MONAI sliding_window_inference within rounding of float32.
+    Source: equal to MONAI sliding_window_inference, bit for bit where the network's answers are.
     """
     if image.ndim != 4 or image.numel() == 0 or image.dtype != torch.float32:
         raise ShapeError(f"an image to blend must be (C, X, Y, Z) float32, got {tuple(image.shape)} {image.dtype}.")
@@ -132,11 +132,21 @@ def blend(
         if not logits.numel():
             logits = torch.zeros(answers.shape[1], *padded.shape[1:])
         for box, answer in zip(group, answers, strict=True):
-            logits[:, *box].addcmul_(answer, importance)
+            _add_weighted(logits[:, *box], answer, importance)
             weights[box] += importance
         if progress is not None:
             progress(done, len(boxes))
     return logits.div_(weights)[:, *inside]
+
+
+def _add_weighted(total: Tensor, answer: Tensor, importance: Tensor) -> None:
+    """total += answer * importance, (K, X, Y, Z), rounded twice as MONAI does.
+
+    A fused multiply-add rounds once, which adds up to 1.1e-5 at overlap 0.9. Class by class the product stays in the
+    cache and is as fast as the fused form.
+    """
+    for sum_of_class, answer_of_class in zip(total, answer, strict=True):
+        sum_of_class += answer_of_class * importance
 
 
 def _box(start: Size, window: Size) -> Box:

@@ -267,3 +267,10 @@ def test_volumes_are_known_by_their_name(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     (tmp_path / "folder.nii").mkdir()
     assert sorted(path.name for path in tmp_path.iterdir() if is_volume(path)) == ["B.NII.GZ", "a.nii"]
+
+
+def test_a_file_in_the_way_of_the_folder_is_a_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("not a folder")
+    with pytest.raises(FileError, match="cannot be written"):
+        save_labels(tmp_path / "out" / "a.nii.gz", Volume(np.ones((1, 2, 2, 2), np.uint8), AFFINE))
+    assert (tmp_path / "out").read_text() == "not a folder"

@@ -63,9 +63,9 @@ def draw_report(path: Path, bars: Sequence[Bar], shown: Slice, *, title: str) ->
         from matplotlib import pyplot as plt
     except ImportError as error:
         raise UnavailableError(f"{error}; mend it with: pip install ptq3d[demo]") from error
-    figure = plt.figure(figsize=(15, 8), dpi=110, layout="constrained")
+    figure = plt.figure(figsize=(15, 5.6), dpi=110, layout="constrained")
     figure.suptitle(title)
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.5))
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.35))
     _bars(top.subplots(1, 2), bars)
     _slices(bottom.subplots(1, len(shown.labels) + 2), shown)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.part.png")
@@ -80,18 +80,21 @@ def draw_report(path: Path, bars: Sequence[Bar], shown: Slice, *, title: str) ->
 def _bars(axes: Any, bars: Sequence[Bar]) -> None:
     colours = ["#6b7a8f", "#2a9d8f", "#e9c46a", "#e76f51"]
     names = [bar.label for bar in bars]
-    for axis, values, unit in (
-        (axes[0], [bar.megabytes for bar in bars], "engine size, MB"),
-        (axes[1], [bar.median_ms for bar in bars], "one window, ms (median, p5-p95)"),
+    sizes, medians = [bar.megabytes for bar in bars], [bar.median_ms for bar in bars]
+    for axis, values, ends, unit in (
+        (axes[0], sizes, sizes, "engine size, MB"),
+        (axes[1], medians, [bar.high_ms for bar in bars], "one window, ms (median, p5-p95)"),
     ):
-        drawn = axis.barh(names, values, color=colours[: len(bars)])
-        axis.bar_label(drawn, [f"{value:.4g}   {values[0] / value:.2f} x" for value in values], padding=6)
-        axis.set_xlim(0, max(values) * 1.3)
+        axis.barh(names, values, color=colours[: len(bars)])
+        for name, value, end in zip(names, values, ends, strict=True):
+            text = f"{value:.4g}   {values[0] / value:.2f} x"
+            axis.annotate(text, (end, name), xytext=(8, 0), textcoords="offset points", va="center")
+        axis.set_xlim(0, max(ends) * 1.3)
         axis.invert_yaxis()
         axis.set_title(unit, fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
     errors = [[bar.median_ms - bar.low_ms for bar in bars], [bar.high_ms - bar.median_ms for bar in bars]]
-    axes[1].errorbar([bar.median_ms for bar in bars], names, xerr=errors, fmt="none", ecolor="black", capsize=3)
+    axes[1].errorbar(medians, names, xerr=errors, fmt="none", ecolor="black", capsize=3)
 
 
 def _slices(axes: Any, shown: Slice) -> None:

@@ -120,6 +120,9 @@ def save_labels(path: Path, labels: Volume) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}{suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"{path} cannot be written: {error}.") from error
+    try:
         FORMATS[suffix].write(partial, labels.data[0].astype(_smallest_dtype(high), copy=False), labels.affine)
         partial.replace(path)
     except OSError as error:

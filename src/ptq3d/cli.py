@@ -41,6 +41,8 @@ MEGABYTE = 1e6
 def train(options: TrainOptions) -> None:
     """Run `ptq3d train`."""
     result = _verb("ptq3d.pipeline", "train")(options)
+    if not result.main_process:
+        return
     _say(
         options,
         f"{result.best}: best checkpoint; loss {result.losses[0]:.3f} -> {result.losses[-1]:.3f} in {len(result.losses)} steps",

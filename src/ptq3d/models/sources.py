@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Mapping
 from itertools import count, takewhile
 from pathlib import Path
@@ -84,7 +85,8 @@ def _load(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, weights_only=True, map_location="cpu")
     except pickle.UnpicklingError as error:
-        reason = str(error).split("\n", 1)[0]
+        wanted = re.search(r"GLOBAL (\S+)", str(error))  # the rest of torch's message advises to run it all the same
+        reason = wanted.group(1) if wanted else "no such file format"
         raise CheckpointError(
             f"{path}: refused, it needs code to load or is no file of torch.save ({reason}). "
             "Save only its weights, torch.save(network.state_dict(), path), where the file comes from."

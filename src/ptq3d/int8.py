@@ -99,7 +99,8 @@ def quantize(values: Floats, scale: Scale) -> Integers:
     """
     step, zero_point = scale.broadcast(values.ndim)
     low, high = LIMITS[scale.dtype]
-    levels: Integers = np.clip(np.rint(values / step) + zero_point, low, high).astype(scale.dtype)
+    with np.errstate(over="ignore"):  # infinity saturates as any large value does
+        levels: Integers = np.clip(np.rint(values / step) + zero_point, low, high).astype(scale.dtype)
     return levels
 
 

@@ -134,6 +134,10 @@ class QuantizeOptions(Common):
     """A .npy / .npz of windows, or a folder of volumes."""
     calibration_method: Literal["max", "entropy", "percentile", "mse"] = "mse"
     """How the range of an activation is drawn from what was seen."""
+    equalize: bool = True
+    """Scale channels so that all use the 8 bits (exact in FP32; the scales go into the weights around)."""
+    rounding: Literal["nearest", "gptq"] = "gptq"
+    """How weights are rounded: each to its nearest step, or so that the layer's output errs least (and its bias is corrected)."""
     target: str = "openvino"
     """The runtime to place Q/DQ for: openvino or tensorrt."""
     keep: UseAppendAction[tuple[str, ...]] = ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -25,8 +25,8 @@ from ptq3d.graphs.passes import is_quantized, simplify
 from ptq3d.manifest import Manifest, embed, embedded, sha256
 from ptq3d.options import CalibrateOptions, ExportOptions, QuantizeOptions, TrainOptions
 from ptq3d.progress import Progress, bar, silent
-from ptq3d.quantization import calibration, planning, qdq
-from ptq3d.quantization.targets import get_target
+from ptq3d.quantization import calibration, equalization, planning, qdq, rounding
+from ptq3d.quantization.targets import Target, get_target
 from ptq3d.version import __version__
 from ptq3d.volumes.files import load_image, load_labels
 from ptq3d.volumes.preprocessing import PRESETS, Preprocessing
@@ -254,27 +254,20 @@ def quantize(options: QuantizeOptions) -> Written:
     _check_modelopt_flags(options)
     target = get_target(options.target)
     model, manifest = _prepared_graph(options)
-    placement = planning.place(model, target, keep=options.keep)
-    tensors = [name for group in placement.tensors for name in group]
     windows, cases, total = _windows_for(options, model, manifest)
     with bar("Calibrate", quiet=options.quiet) as progress:
-        ranges = calibration.collect_ranges(
-            model,
-            tensors,
-            _counted(windows, total, progress),
-            method=options.calibration_method,
-            symmetric=target.symmetric,
-        )
-    plan = planning.plan(model, placement, ranges, target)
+        plan, kept = _planned(options, model, target, _Passes(windows, total, 1 + options.equalize, progress))
     share = planning.int8_mac_share(model, plan)
     recipe = {
         "ptq3d": __version__,
         "target": target.name,
         "calibration_method": options.calibration_method,
+        "equalize": options.equalize,
+        "rounding": options.rounding,
         "calibration_cases": cases,
         "calibration_windows": total,
         "int8_layers": list(plan.layers),
-        "float_layers": dict(placement.kept),
+        "float_layers": dict(kept),
         "int8_mac_share": share,
     }
     source = {options.onnx_path.name: sha256(options.onnx_path)}
@@ -327,19 +320,60 @@ def _windows_for(
         hashes: dict[str, str] = {}
         cases = find_cases(data)
         size = (window[0], window[1], window[2])
-        return (
-            _case_windows(cases, manifest.preprocessing, size, options.number, seed=options.seed, hashes=hashes),
-            hashes,
-            options.number,
-        )
+        prepared = manifest.preprocessing
+        drawn = _Again(lambda: _case_windows(cases, prepared, size, options.number, seed=options.seed, hashes=hashes))
+        return drawn, hashes, options.number
     found = calibration.open_windows(data, (channels, window[0], window[1], window[2]))
     return found, dict(found.cases), found.number
 
 
-def _counted(windows: Iterable[np.ndarray], total: int, progress: Progress) -> Iterator[np.ndarray]:
-    for done, window in enumerate(islice(windows, total), 1):
-        yield window
-        progress(done, total)
+@dataclass(frozen=True)
+class _Again:
+    """Windows that are drawn anew, the same ones, each time they are read."""
+
+    draw: Callable[[], Iterator[np.ndarray]]
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return self.draw()
+
+
+class _Passes:
+    """The windows, to be read several times, with one progress bar over all passes."""
+
+    def __init__(self, windows: Iterable[np.ndarray], total: int, passes: int, progress: Progress) -> None:
+        self._windows, self._progress, self._passes = windows, progress, passes
+        self.total, self._done = total, 0
+
+    def __call__(self) -> Iterator[np.ndarray]:
+        for window in islice(self._windows, self.total):
+            yield window
+            self._done += 1
+            self._progress(self._done, self.total * self._passes)
+
+
+def _planned(
+    options: QuantizeOptions, model: ir.Model, target: Target, passes: _Passes
+) -> tuple[planning.Plan, Mapping[str, str]]:
+    """(plan, layers left in floating point with the reason); equalizes `model` and rounds its weights, in place."""
+    placement = planning.place(model, target, keep=options.keep)
+    if options.equalize:
+        tensors = equalization.equalizable(model, placement)
+        equalization.equalize(model, placement, calibration.collect_extremes(model, tensors, passes()))
+        placement = planning.place(model, target, keep=options.keep)
+    chosen = [node for node in model.graph if node.name in placement.layers and rounding.has_gram(node)]
+    grams = {str(node.name): rounding.Gram(node, passes.total) for node in chosen if options.rounding == "gptq"}
+    ranges = calibration.collect_ranges(
+        model,
+        [name for group in placement.tensors for name in group],
+        passes(),
+        method=options.calibration_method,
+        symmetric=target.symmetric,
+        grams=list(grams.values()),
+    )
+    plan = planning.plan(model, placement, ranges, target)
+    steps = {name: planning.input_step(gram.node, plan) for name, gram in grams.items()}
+    rounding.round_weights(model, plan, grams, steps)
+    return plan, placement.kept
 
 
 def train(options: TrainOptions) -> TrainingResult:

@@ -16,7 +16,9 @@ import onnx_ir as ir
 from ptq3d.engines.openvino import tap
 from ptq3d.errors import CalibrationError, FileError
 from ptq3d.graphs.files import image_input, save_graph
+from ptq3d.quantization.equalization import Extremes, first_extremes
 from ptq3d.quantization.observers import RANGE_METHODS, Range, Statistics
+from ptq3d.quantization.rounding import Gram
 
 Window = npt.NDArray[np.float32]
 
@@ -192,6 +194,57 @@ def require_finite(window: Window, *, where: str) -> None:
         )
 
 
+def watch(
+    model: ir.Model, tensors: Sequence[str], windows: Iterable[Window], *, threads: int = 0
+) -> Iterator[dict[str, Window]]:
+    """The FP32 values of tensors, window by window, the image input among them if wanted.
+
+    Raises:
+        CalibrationError: a window holds NaN or infinite values.
+    """
+    image = str(image_input(model).name)
+    inner = [name for name in dict.fromkeys(tensors) if name != image]
+    current: dict[str, Window] = {}
+
+    def seen() -> Iterator[Window]:
+        for number, window in enumerate(windows, 1):
+            require_finite(window, where=f"calibration window {number}")
+            current[image] = window
+            yield window
+
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "observed.onnx"
+        save_graph(model, path)
+        for values in tap(path, inner, seen(), threads=threads):
+            yield {**values, **current}
+
+
+def collect_extremes(
+    model: ir.Model, tensors: Sequence[str], windows: Iterable[Window], *, threads: int = 0
+) -> dict[str, Extremes]:
+    """Smallest and largest value of each channel of each tensor.
+
+    Args:
+        model: the simplified FP32 graph.
+        tensors: names of tensors (n, C, ...).
+        windows: each (1, C, X, Y, Z) float32; read once.
+        threads: CPU threads, 0 for all.
+
+    Raises:
+        CalibrationError: a window or a tensor holds NaN or infinite values.
+    """
+    found: dict[str, Extremes] = {}
+    for values in watch(model, tensors, windows, threads=threads):
+        for name in tensors:
+            found[name] = found.get(name, first_extremes(values[name].shape[1])).with_values(values[name])
+            if not np.isfinite([found[name].low, found[name].high]).all():
+                raise CalibrationError(
+                    f"tensor '{name}' holds NaN or infinite values: the FP32 network itself overflows there. Check the "
+                    f"intensity rule, or leave the layer in floating point with --keep."
+                )
+    return found
+
+
 def collect_ranges(
     model: ir.Model,
     tensors: Sequence[str],
@@ -199,6 +252,7 @@ def collect_ranges(
     *,
     method: str,
     symmetric: bool,
+    grams: Sequence[Gram] = (),
     threads: int = 0,
 ) -> dict[str, Range]:
     """The range of each tensor over all windows, in one pass and in memory that does not grow with their number.
@@ -209,6 +263,7 @@ def collect_ranges(
         windows: each (1, C, X, Y, Z) float32; read once.
         method: a name of `RANGE_METHODS`.
         symmetric: whether the ranges are for symmetric INT8.
+        grams: these see the inputs of their layers in the same pass.
         threads: CPU threads, 0 for all.
 
     Returns:
@@ -218,20 +273,10 @@ def collect_ranges(
         CalibrationError: a window or a tensor holds NaN or infinite values, or there is no window.
     """
     watched = {name: Statistics(name, histogram=method != "max") for name in tensors}
-    image = str(image_input(model).name)
-    inner = [name for name in tensors if name != image]
-
-    def seen() -> Iterator[Window]:
-        for number, window in enumerate(windows, 1):
-            require_finite(window, where=f"calibration window {number}")
-            if image in watched:
-                watched[image].see(window)
-            yield window
-
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "observed.onnx"
-        save_graph(model, path)
-        for values in tap(path, inner, seen(), threads=threads):
-            for name in inner:
-                watched[name].see(values[name])
+    sources = [str(gram.node.inputs[0].name) for gram in grams if gram.node.inputs[0] is not None]
+    for values in watch(model, [*tensors, *sources], windows, threads=threads):
+        for name in tensors:
+            watched[name].see(values[name])
+        for gram, source in zip(grams, sources, strict=True):
+            gram.see(values[source])
     return {name: RANGE_METHODS[method](statistics, symmetric=symmetric) for name, statistics in watched.items()}

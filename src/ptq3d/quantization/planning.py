@@ -171,6 +171,11 @@ def _group_scales(
     return dict.fromkeys(group, scale_of_range(low, high, symmetric=symmetric))
 
 
+def input_step(node: ir.Node, plan: Plan) -> float:
+    """The INT8 step of a planned layer's input, 0 where it is a constant."""
+    return max((float(plan.activations[name].step) for name in _sources(node.inputs[0])), default=0.0)
+
+
 def int8_mac_share(model: ir.Model, plan: Plan) -> float:
     """The share of multiply-accumulates that the plan gives to INT8, 0..1; the runtime's own report may differ."""
     all_layers = layers(model)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
 from ptq3d.errors import GraphError
+from ptq3d.graphs.constants import add_constant
 from ptq3d.graphs.layers import WEIGHT_AXIS, layers, weight_value
 from ptq3d.graphs.passes import infer_shapes, is_quantized
 from ptq3d.int8 import Scale, quantize
@@ -76,8 +76,8 @@ def _quantize_weight(model: ir.Model, node: ir.Node, plan: Plan, done: set[str])
         return
     done.add(name)
     integers = quantize(weight.const_value.numpy(), scale)
-    stored = _initializer(model, f"{name}/q", integers)
-    step = _initializer(model, f"{name}/step", scale.step)
+    stored = add_constant(model, f"{name}/q", integers)
+    step = add_constant(model, f"{name}/step", scale.step)
     axis = scale.axis if scale.axis is not None else 0
     dequantized = ir.node("DequantizeLinear", [stored, step], {"axis": axis}, name=f"{name}/DQ")
     dequantized.outputs[0].name = f"{name}/dq"
@@ -91,17 +91,10 @@ def _quantize_weight(model: ir.Model, node: ir.Node, plan: Plan, done: set[str])
 
 def _constants(model: ir.Model, name: str, scale: Scale) -> list[ir.Value]:
     """Step and zero-point; ONNX's default (uint8, zero-point 0) needs none, and a runtime one subtraction less."""
-    step = _initializer(model, f"{name}/step", scale.step)
+    step = add_constant(model, f"{name}/step", scale.step)
     if scale.dtype == "uint8" and not scale.zero_point.any():
         return [step]
-    return [step, _initializer(model, f"{name}/zero_point", scale.zero_point.astype(scale.dtype))]
-
-
-def _initializer(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
-    tensor = ir.tensor(array, name=name)
-    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
-    model.graph.register_initializer(value)
-    return value
+    return [step, add_constant(model, f"{name}/zero_point", scale.zero_point.astype(scale.dtype))]
 
 
 def _value(model: ir.Model, name: str) -> ir.Value:

@@ -1,0 +1,234 @@
+"""One scale per channel without its price: the scale goes into the weights around the activation. Exact in real numbers.
+
+A tensor x with channels of unequal span wastes the 8 bits of a per-tensor scale. Here x is replaced by x * s, s > 0 per channel,
+and the weights that read it are divided by s. Where x comes from a convolution or a normalization through operators that are
+positively homogeneous (ReLU, LeakyReLU, pooling, linear resizing), s moves into that layer's weights and costs nothing; behind
+any other activation function (ELU, GELU) it stays one multiplication, which runtimes fuse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from ptq3d.graphs.constants import add_constant, constant_of, set_constant
+from ptq3d.graphs.layers import groups, shape_of, weight_axis
+from ptq3d.graphs.passes import infer_shapes
+from ptq3d.quantization.planning import Placement
+
+STRENGTH = 0.5
+TINY = 1e-9
+PASSES_CHANNELS = frozenset({"MaxPool", "Identity"})
+HOMOGENEOUS = frozenset(
+    {"Relu", "LeakyRelu", "PRelu", "MaxPool", "AveragePool", "GlobalAveragePool", "Resize", "Identity", "Dropout"}
+)
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Extremes:
+    """What each channel of a tensor spanned.
+
+    Args:
+        low: (C,) smallest value seen.
+        high: (C,) largest value seen.
+    """
+
+    low: Floats
+    high: Floats
+
+    def with_values(self, values: Floats) -> Extremes:
+        """Also of (n, C, ...) more values."""
+        others = (0, *range(2, values.ndim))
+        return Extremes(np.minimum(self.low, values.min(others)), np.maximum(self.high, values.max(others)))
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """A layer that reads a tensor as its input channels `first`, `first` + 1, ..."""
+
+    node: ir.Node
+    first: int
+
+
+def equalizable(model: ir.Model, placement: Placement) -> tuple[str, ...]:
+    """The tensors of a placement whose channels can be scaled: several channels, read by INT8 convolutions only.
+
+    Args:
+        model: the simplified FP32 graph that was placed.
+        placement: from `planning.place`.
+    """
+    values = _values(model)
+    chosen = set(placement.layers)
+    names = [name for group in placement.tensors for name in group]
+    return tuple(
+        name for name in names if shape_of(values[name])[1:2] > (1,) and _readers(values[name], chosen, 0) is not None
+    )
+
+
+def equalize(
+    model: ir.Model, placement: Placement, extremes: Mapping[str, Extremes], *, strength: float = STRENGTH
+) -> ir.Model:
+    """`model` with scaled channels, in place; place it anew, since some tensors have another name.
+
+    Args:
+        model: the simplified FP32 graph that was placed.
+        placement: from `planning.place`.
+        extremes: of every tensor of `equalizable`.
+        strength: 0 changes nothing, 1 gives every channel the whole range; between them weights and activations share the
+            rounding error.
+
+    Source: Nagel et al. 2019 (cross-layer equalization), with the activations' measured spans; SmoothQuant (Xiao et al. 2023)
+        for the strength.
+    """
+    chosen = set(placement.layers)
+    for group in placement.tensors:
+        names = [name for name in group if name in extremes]
+        if not names:
+            continue
+        scales = _channel_scales(
+            np.concatenate([extremes[name].low for name in names]),
+            np.concatenate([extremes[name].high for name in names]),
+            np.concatenate([_importance(model, name, chosen) for name in names]),
+        )
+        ends = np.cumsum([len(extremes[name].low) for name in names])
+        for name, piece in zip(names, np.split(scales**strength, ends[:-1]), strict=True):
+            _scale(model, name, piece.astype(np.float32), chosen)
+    infer_shapes(model)
+    return model
+
+
+def _channel_scales(low: Floats, high: Floats, importance: Floats) -> npt.NDArray[np.float64]:
+    """Scales with which every channel fills one common range, of the zero-point that costs the layers behind it least.
+
+    A channel's rounding error behind its layer is proportional to importance / scale^2.
+    """
+    lows, highs = np.minimum(low, -TINY).astype(np.float64), np.maximum(high, TINY).astype(np.float64)
+
+    def filling(below: float) -> npt.NDArray[np.float64]:
+        filled: npt.NDArray[np.float64] = np.minimum(-max(below, TINY) / lows, (1 - below) / highs)
+        return filled
+
+    best = min(np.linspace(0, 0.5, 51), key=lambda below: float((importance / filling(below) ** 2).sum()))
+    scales = filling(float(best))
+    alive = highs - lows > 1e-6
+    if not alive.any():
+        return np.ones_like(scales)
+    middle = np.exp(np.log(scales[alive]).mean())
+    return np.where(alive, scales / middle, 1.0)
+
+
+def _importance(model: ir.Model, name: str, chosen: set[str]) -> Floats:
+    """(C,) sum of squares of the weights that read each channel."""
+    value = _values(model)[name]
+    total = np.zeros(shape_of(value)[1], np.float32)
+    for reader in _readers(value, chosen, 0) or ():
+        weight = _input_channels_first(reader.node, constant_of(reader.node.inputs[1]))
+        total += (weight[reader.first : reader.first + len(total)] ** 2).reshape(len(total), -1).sum(1)
+    return total
+
+
+def _readers(value: ir.Value, chosen: set[str], first: int) -> list[_Reader] | None:
+    """The convolutions that read `value`, straight or through concats; None where anything else does."""
+    found: list[_Reader] = []
+    uses = list(value.uses())
+    for node, index in uses:
+        further: list[_Reader] | None = None
+        if node.op_type == "Concat" and _is_channel_concat(node):
+            offset = first + sum(shape_of(piece)[1] for piece in node.inputs[:index])
+            further = _readers(node.outputs[0], chosen, offset)
+        elif node.op_type in PASSES_CHANNELS:
+            further = _readers(node.outputs[0], chosen, first)
+        elif _is_plain_convolution(node) and node.name in chosen and index == 0:
+            further = [_Reader(node, first)]
+        if further is None:
+            return None
+        found += further
+    return found if uses and not value.is_graph_output() else None
+
+
+def _is_channel_concat(node: ir.Node) -> bool:
+    return node.attributes["axis"].as_int() in (1, 1 - len(shape_of(node.outputs[0])))
+
+
+def _is_plain_convolution(node: ir.Node) -> bool:
+    return node.op_type in ("Conv", "ConvTranspose") and groups(node) == 1 and _is_constant(node.inputs[1])
+
+
+def _is_constant(value: ir.Value | None) -> bool:
+    return value is not None and value.const_value is not None
+
+
+def _scale(model: ir.Model, name: str, scales: Floats, chosen: set[str]) -> None:
+    value = _values(model)[name]
+    for reader in _readers(value, chosen, 0) or ():
+        weight = constant_of(reader.node.inputs[1]).copy()
+        view = _input_channels_first(reader.node, weight)
+        view[reader.first : reader.first + len(scales)] /= scales.reshape(-1, *[1] * (weight.ndim - 1))
+        set_constant(model, reader.node, 1, weight, suffix="equalized")
+    source = _absorbing_producer(value)
+    if source is None:
+        _insert_multiplication(model, value, scales)
+    elif source.op_type == "InstanceNormalization":
+        for index in (1, 2):
+            set_constant(model, source, index, constant_of(source.inputs[index]) * scales, suffix="equalized")
+    else:
+        _scale_outputs(model, source, scales)
+
+
+def _input_channels_first(node: ir.Node, weight: Floats) -> Floats:
+    return weight if node.op_type == "ConvTranspose" else np.swapaxes(weight, 0, 1)
+
+
+def _absorbing_producer(value: ir.Value) -> ir.Node | None:
+    """The layer whose output weights can take a positive factor of `value`'s channels, if nothing else reads on the way."""
+    producer = value.producer()
+    while producer is not None and producer.op_type in HOMOGENEOUS:
+        source = producer.inputs[0]
+        if source is None or len(list(source.uses())) != 1 or source.is_graph_output():
+            return None
+        producer = source.producer()
+    if producer is None:
+        return None
+    if producer.op_type == "InstanceNormalization":
+        return producer if all(_is_constant(piece) for piece in producer.inputs[1:3]) else None
+    plain = _is_plain_convolution(producer) and all(_is_constant(piece) for piece in producer.inputs[2:])
+    return producer if plain else None
+
+
+def _scale_outputs(model: ir.Model, node: ir.Node, scales: Floats) -> None:
+    weight = constant_of(node.inputs[1])
+    shape = [1] * weight.ndim
+    shape[weight_axis(node)] = -1
+    set_constant(model, node, 1, weight * scales.reshape(shape), suffix="equalized")
+    if len(node.inputs) > 2 and node.inputs[2] is not None:
+        set_constant(model, node, 2, constant_of(node.inputs[2]) * scales, suffix="equalized")
+
+
+def _insert_multiplication(model: ir.Model, value: ir.Value, scales: Floats) -> None:
+    shape = (1, -1, *[1] * (len(shape_of(value)) - 2))
+    factor = add_constant(model, f"{value.name}/channel_scales", scales.reshape(shape))
+    uses = list(value.uses())
+    product = ir.node("Mul", [value, factor], name=f"{value.name}/Mul")
+    product.outputs[0].name = f"{value.name}/scaled"
+    producer = value.producer()
+    if producer is None:
+        model.graph.insert_before(model.graph[0], [product])
+    else:
+        model.graph.insert_after(producer, [product])
+    for node, index in uses:
+        node.replace_input_with(index, product.outputs[0])
+
+
+def _values(model: ir.Model) -> dict[str, ir.Value]:
+    values: Iterable[ir.Value] = [*model.graph.inputs, *(output for node in model.graph for output in node.outputs)]
+    return {str(value.name): value for value in values}
+
+
+def first_extremes(channels: Sequence[int] | int) -> Extremes:
+    """Of no value yet."""
+    return Extremes(np.full(channels, np.inf, np.float32), np.full(channels, -np.inf, np.float32))

@@ -22,7 +22,7 @@ from ptq3d.engines import torch as eager
 from ptq3d.engines.base import EngineOptions, LayerReport
 from ptq3d.engines.operators import OPERATORS
 from ptq3d.errors import EngineError, OptionError, UnavailableError
-from ptq3d.graphs.layers import layers
+from ptq3d.graphs.layers import WEIGHT_AXIS, layers
 
 MOVES = frozenset({"Concat", "MaxPool", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity"})
 WEIGHTED = frozenset({"Conv", "ConvTranspose", "MatMul", "Gemm"})
@@ -135,9 +135,12 @@ def _movable(inputs: list[Any]) -> bool:
 
 
 def is_integer(op: str, inputs: list[Any]) -> bool:
-    """Whether a node sums integers: a weighted layer, both inputs dequantized, one step for the activation."""
+    """Whether a node sums integers: a weighted layer, both inputs dequantized, one step for all that an output sums."""
     left, right = inputs[0], inputs[1] if len(inputs) > 1 else None
-    return op in WEIGHTED and isinstance(left, Quantized) and isinstance(right, Quantized) and left.step.numel() == 1
+    if op not in WEIGHTED or not isinstance(left, Quantized) or not isinstance(right, Quantized):
+        return False
+    of_outputs = right.step.numel() == 1 or op == "Gemm" or right.axis % right.q.ndim == WEIGHT_AXIS[op] % right.q.ndim
+    return left.step.numel() == 1 and of_outputs
 
 
 def integer_layer(op: str, attributes: Mapping[str, Any], inputs: list[Any]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import onnx_ir as ir
 from onnx_ir.passes import common
@@ -99,3 +100,12 @@ def name_nodes(model: ir.Model) -> None:
             name = f"{name}_{position}"
         node.name = name
         seen.add(name)
+
+
+def insert_behind(model: ir.Model, value: ir.Value, nodes: Sequence[ir.Node]) -> None:
+    """Put `nodes` right behind the producer of `value`, in place; in front of everything where it is an input."""
+    producer = value.producer()
+    if producer is None:
+        model.graph.insert_before(model.graph[0], nodes)
+    else:
+        model.graph.insert_after(producer, nodes)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 import onnx_ir as ir
@@ -13,6 +13,8 @@ from ptq3d.graphs.layers import WEIGHT_AXIS, groups, layers, weight_axis, weight
 from ptq3d.int8 import Scale, scale_of_range, scale_of_weight
 from ptq3d.quantization.observers import Range
 from ptq3d.quantization.targets import MOVES, Target
+
+Use = tuple[str, int]  # (name of a node, index of its input)
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,46 @@ class Plan:
         layers: names of the nodes that run in INT8.
         activations: tensor name -> scale.
         weights: weight name -> scale per output channel.
-        target: the runtime whose placement rules were followed.
+        target: the runtime whose placement rules were followed, "foreign" where a file was read.
+        readers: tensor -> (node, input) that read it dequantized besides the INT8 layers and the concats and moves in
+            front of them, which always do.
     """
 
     layers: tuple[str, ...]
     activations: Mapping[str, Scale]
     weights: Mapping[str, Scale]
     target: str
+    readers: Mapping[str, frozenset[Use]] = field(default_factory=dict)
+
+    def equals(self, other: Plan) -> bool:
+        """Whether both give the same graph the same meaning; the target they were made for does not count."""
+        return (
+            set(self.layers) == set(other.layers)
+            and dict(self.readers) == dict(other.readers)
+            and _equal_scales(self.activations, other.activations)
+            and _equal_scales(self.weights, other.weights)
+        )
+
+
+def _equal_scales(one: Mapping[str, Scale], other: Mapping[str, Scale]) -> bool:
+    return one.keys() == other.keys() and all(scale.equals(other[name]) for name, scale in one.items())
+
+
+def reads_int8(node: ir.Node, index: int, chosen: Collection[str], planned: Collection[str]) -> bool:
+    """Whether this use leads to an INT8 layer: directly, or through concats and moves.
+
+    Args:
+        node: the reader.
+        index: of the input that it reads with.
+        chosen: names of the INT8 layers.
+        planned: names of the quantized tensors; what leads to one of them is quantized anew there.
+    """
+    if node.name in chosen:
+        return index == 0 or (index == 1 and weight_value(node) is None)
+    if node.op_type != "Concat" and not (node.op_type in MOVES and index == 0):
+        return False
+    output = node.outputs[0]
+    return output.name not in planned and any(reads_int8(*use, chosen, planned) for use in output.uses())
 
 
 def place(model: ir.Model, target: Target, *, keep: Sequence[str] = ()) -> Placement:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +14,8 @@ import numpy as np
 
 from ptq3d.engines.base import EngineOptions, EngineSpec, LayerReport, Windows, require_windows
 from ptq3d.errors import EngineError, GraphError, OptionError, UnavailableError
+from ptq3d.graphs.files import load_graph, save_graph
+from ptq3d.graphs.passes import simplify, unsigned_activations
 
 os.environ.setdefault("OPENVINO_TELEMETRY_OPT_OUT", "1")
 PRECISIONS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
@@ -39,6 +42,9 @@ def version() -> str:
 def build(onnx: Path, folder: Path) -> tuple[Path, ...]:
     """OpenVINO IR of an ONNX file: `model.xml` (graph) and `model.bin` (weights, INT8 ones as INT8).
 
+    int8 activations around a concat become uint8 first, which is exact: OpenVINO 2026.4 can misread them as int8
+    (docs/foreign-qdq.md).
+
     Args:
         onnx: FP32 or Q/DQ.
         folder: where the two files go; made where missing.
@@ -49,9 +55,20 @@ def build(onnx: Path, folder: Path) -> tuple[Path, ...]:
     import openvino
 
     folder.mkdir(parents=True, exist_ok=True)
-    with _engine_errors(f"OpenVINO cannot convert {onnx}"):
-        openvino.save_model(openvino.convert_model(onnx), folder / ARTEFACT, compress_to_fp16=False)
+    with tempfile.TemporaryDirectory() as scratch:
+        source = _mended(onnx, Path(scratch))
+        with _engine_errors(f"OpenVINO cannot convert {onnx}"):
+            openvino.save_model(openvino.convert_model(source), folder / ARTEFACT, compress_to_fp16=False)
     return folder / ARTEFACT, folder / "model.bin"
+
+
+def _mended(onnx: Path, scratch: Path) -> Path:
+    """The file itself, or one of the same meaning without int8 activations where it holds a concat."""
+    model = simplify(load_graph(onnx))
+    if not any(node.op_type == "Concat" for node in model.graph) or not unsigned_activations(model):
+        return onnx
+    save_graph(model, scratch / onnx.name)
+    return scratch / onnx.name
 
 
 def open(folder: Path, options: EngineOptions) -> OpenVinoEngine:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
 from ptq3d.errors import GraphError
+from ptq3d.graphs.constants import add_constant
 from ptq3d.graphs.layers import groups, shape_of
 
 FOLD_LIMIT_BYTES = 1 << 31
@@ -109,3 +111,40 @@ def insert_behind(model: ir.Model, value: ir.Value, nodes: Sequence[ir.Node]) ->
         model.graph.insert_before(model.graph[0], nodes)
     else:
         model.graph.insert_after(producer, nodes)
+
+
+def unsigned_activations(model: ir.Model) -> int:
+    """Turn int8 activations into uint8 with a zero-point 128 higher, in place: the same real values, bit for bit.
+
+    Left alone: weights, integers that anything but DequantizeLinear reads, and the right factors of products, whose
+    runtimes want them signed.
+
+    Returns:
+        How many tensors were turned.
+
+    Source: ONNX QuantizeLinear-21: saturate(round(x / step) + zero_point), -128..127 for int8 and 0..255 for uint8.
+    """
+    turned = [node for node in model.graph if node.op_type == "QuantizeLinear" and _may_be_unsigned(node)]
+    for node in turned:
+        old = node.inputs[2].const_value if len(node.inputs) > 2 and node.inputs[2] is not None else None
+        zero_point = np.zeros((), np.int16) if old is None else old.numpy().astype(np.int16)
+        fresh = add_constant(
+            model, f"{node.name or node.outputs[0].name}/unsigned", (zero_point + 128).astype(np.uint8)
+        )
+        for pair in (node, *(reader for reader, _ in node.outputs[0].uses())):
+            pair.resize_inputs(3)
+            pair.replace_input_with(2, fresh)
+        node.outputs[0].dtype = ir.DataType.UINT8
+        node.attributes.pop("output_dtype", None)
+    return len(turned)
+
+
+def _may_be_unsigned(node: ir.Node) -> bool:
+    value, integers = node.inputs[0], node.outputs[0]
+    readers = [reader for reader, _ in integers.uses()]
+    if value is None or value.const_value is not None or integers.dtype != ir.DataType.INT8:
+        return False
+    factors = [use for reader in readers for use in reader.outputs[0].uses()]
+    return all(reader.op_type == "DequantizeLinear" for reader in readers) and not any(
+        reader.op_type in ("MatMul", "Transpose") for reader, _ in factors
+    )

@@ -77,14 +77,16 @@ def quantize(options: QuantizeOptions) -> None:
     """Run `ptq3d quantize`."""
     written = _verb("ptq3d.pipeline", "quantize")(options)
     facts = written.facts
-    ratio = facts["fp32_size_bytes"] / written.size_bytes
+    before = facts.get("fp32_size_bytes", facts.get("source_size_bytes", 0))
     _say(
         options,
-        f"{written.path}: {_size(facts['fp32_size_bytes'])} -> {_size(written.size_bytes)} ({ratio:.2f} x smaller), "
+        f"{written.path}: {_size(before)} -> {_size(written.size_bytes)} ({before / written.size_bytes:.2f} x smaller), "
         f"{len(facts['int8_layers'])} layers with {facts['int8_mac_share']:.1%} of the multiply-accumulates planned in INT8",
     )
     for name, why in facts["float_layers"].items():
         _say(options, f"  floating point: {name} ({why})")
+    for name in facts.get("rescaled_tensors", ()):
+        _say(options, f"  another step, same range: {name}")
     _report(options, {"path": str(written.path), "size_bytes": written.size_bytes, **facts})
 
 

@@ -130,8 +130,10 @@ class QuantizeOptions(Common):
     """The FP32 ONNX file."""
     output_path: Annotated[Path | None, arg(aliases=["--output"])] = None
     """The Q/DQ file to write; default: <name>_int8.onnx beside it."""
-    calibration_data: Annotated[Path, arg(aliases=["--calibration"])]
-    """A .npy / .npz of windows, or a folder of volumes."""
+    calibration_data: Annotated[Path | None, arg(aliases=["--calibration"])] = None
+    """A .npy / .npz of windows, or a folder of volumes; needed unless --retarget is given."""
+    retarget: str | None = None
+    """Read a Q/DQ file of anyone's and write it for this runtime, with the scales it has: no calibration."""
     calibration_method: Literal["max", "entropy", "percentile", "mse"] = "mse"
     """How the range of an activation is drawn from what was seen."""
     equalize: bool = True

@@ -25,7 +25,7 @@ from ptq3d.graphs.passes import is_quantized, simplify
 from ptq3d.manifest import Manifest, embed, embedded, sha256
 from ptq3d.options import CalibrateOptions, ExportOptions, QuantizeOptions, TrainOptions
 from ptq3d.progress import Progress, bar, silent
-from ptq3d.quantization import calibration, equalization, planning, qdq, rounding
+from ptq3d.quantization import calibration, equalization, planning, qdq, retargeting, rounding
 from ptq3d.quantization.targets import Target, get_target
 from ptq3d.version import __version__
 from ptq3d.volumes.files import load_image, load_labels
@@ -252,6 +252,8 @@ def quantize(options: QuantizeOptions) -> Written:
         OptionError: a mode or type that is not written here.
     """
     _check_modelopt_flags(options)
+    if options.retarget is not None:
+        return _retargeted(options, get_target(options.retarget))
     target = get_target(options.target)
     model, manifest = _prepared_graph(options)
     windows, cases, total = _windows_for(options, model, manifest)
@@ -277,6 +279,40 @@ def quantize(options: QuantizeOptions) -> Written:
     return Written(output, output.stat().st_size, {**recipe, "fp32_size_bytes": options.onnx_path.stat().st_size})
 
 
+def _retargeted(options: QuantizeOptions, target: Target) -> Written:
+    """A Q/DQ file of anyone's -> one for `target`, with its own scales."""
+    if options.calibration_data is not None:
+        raise OptionError(
+            "--retarget keeps the scales that the file has, --calibration-data makes new ones: give one of them. "
+            "New scales need the FP32 file."
+        )
+    if options.target not in (QuantizeOptions.target, target.name):
+        raise OptionError(
+            f"--target {options.target} and --retarget {target.name} name two runtimes. Give one of them."
+        )
+    model = load_graph(options.onnx_path)
+    if not is_quantized(model):
+        raise GraphError(f"{options.onnx_path} holds no Q/DQ to retarget. Quantize it with --calibration-data.")
+    model, manifest = _described(options, model)
+    model, foreign = qdq.read(model)
+    result = retargeting.retarget(model, foreign, target, keep=options.keep)
+    digest = {options.onnx_path.name: sha256(options.onnx_path)}
+    recipe = {
+        "ptq3d": __version__,
+        "target": target.name,
+        "retargeted_from": digest,
+        "int8_layers": list(result.plan.layers),
+        "float_layers": dict(result.kept),
+        "int8_mac_share": planning.int8_mac_share(model, result.plan),
+        "rescaled_tensors": list(result.rescaled),
+        "dropped_tensors": list(result.dropped),
+    }
+    embed(qdq.write(model, result.plan), replace(manifest, quantization=recipe, source=digest))
+    output = options.output_path or options.onnx_path.with_name(f"{options.onnx_path.stem}_{target.name}.onnx")
+    save_graph(model, output)
+    return Written(output, output.stat().st_size, {**recipe, "source_size_bytes": options.onnx_path.stat().st_size})
+
+
 def _check_modelopt_flags(options: QuantizeOptions) -> None:
     if options.quantize_mode != "int8":
         raise OptionError(f"--quantize-mode {options.quantize_mode}: ptq3d writes int8 only.")
@@ -289,9 +325,17 @@ def _check_modelopt_flags(options: QuantizeOptions) -> None:
 
 def _prepared_graph(options: QuantizeOptions) -> tuple[ir.Model, Manifest]:
     model = load_graph(options.onnx_path)
-    manifest = embedded(model, where=options.onnx_path)
     if is_quantized(model):
-        raise GraphError(f"{options.onnx_path} is quantized already. Quantize its FP32 file, or deploy it as it is.")
+        raise GraphError(
+            f"{options.onnx_path} is quantized already. Quantize its FP32 file, deploy it as it is, or write it for another "
+            "runtime with --retarget."
+        )
+    return _described(options, model)
+
+
+def _described(options: QuantizeOptions, model: ir.Model) -> tuple[ir.Model, Manifest]:
+    """The simplified graph and its manifest, with what the options say of it."""
+    manifest = embedded(model, where=options.onnx_path)
     if options.window is not None:
         resize_window(model, options.window)
     shape = static_input_shape(model)
@@ -312,6 +356,8 @@ def _windows_for(
     """(windows, cases they come from, their number); the cases of a folder are known once it was read."""
     _, channels, *window = static_input_shape(model)
     data = options.calibration_data
+    if data is None:
+        raise OptionError("--calibration-data is missing: windows or volumes to draw the ranges from.")
     if data.is_dir() or data.name.endswith((".nii", ".nii.gz")):
         if manifest.preprocessing is None:
             raise OptionError(

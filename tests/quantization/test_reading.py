@@ -17,6 +17,7 @@ from ptq3d.graphs.files import load_graph, save_graph
 from ptq3d.graphs.layers import layers
 from ptq3d.graphs.passes import is_quantized, simplify
 from ptq3d.quantization import planning, qdq
+from ptq3d.quantization.retargeting import retarget
 from ptq3d.quantization.targets import TARGETS
 
 
@@ -130,10 +131,10 @@ def per_channel(b: Foreign) -> str:
 def twice(b: Foreign) -> str:
     """One tensor with two scales, side by side and one behind the other; one pair that two layers read."""
     x = b.add("Relu", b.layer(b.both("image", 0.01), b.stored(4, 1), 4))
-    shared = b.both(x, 0.01)
+    shared = b.both(x, 0.02)
     left, right = b.layer(shared, b.stored(4, 4), 4), b.layer(shared, b.stored(4, 4), 4)
-    other = b.layer(b.both(x, 0.017), b.stored(4, 4), 4)
-    chained = b.layer(b.both(shared, 0.023), b.stored(4, 4), 4)
+    other = b.layer(b.both(x, 0.025), b.stored(4, 4), 4)
+    chained = b.layer(b.both(shared, 0.03), b.stored(4, 4), 4)
     return b.layer(b.both(b.add("Sum", left, right, other, chained), 0.05), b.stored(3, 4), 3)
 
 
@@ -205,3 +206,59 @@ def test_steps_along_input_channels_keep_a_layer_in_floating_point(tmp_path: Pat
     assert [name.split("_")[0] for name in plan.layers] == ["conv"]
     save_graph(qdq.write(model, plan), tmp_path / "again.onnx")
     np.testing.assert_allclose(run(tmp_path / "again.onnx", x), wanted, atol=1e-5 * np.ptp(wanted), rtol=0)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_foreign_file_is_written_for_every_target(name: str, target: str, tmp_path: Path) -> None:
+    """Its layers stay INT8; where scales can be kept, the answer is kept too, else within the noise of INT8."""
+    path = foreign(name, tmp_path / f"{name}.onnx")
+    x = windows(1, seed=3)
+    model, plan = qdq.read(simplify(load_graph(path)))
+    result = retarget(model, plan, TARGETS[target])
+    assert result.plan.layers == plan.layers
+    save_graph(qdq.write(model, result.plan), tmp_path / "t.onnx")
+    assert qdq.integer_layers(simplify(load_graph(tmp_path / "t.onnx"))) == set(plan.layers)
+    assert set(result.dropped) == set(plan.activations) - set(result.plan.activations)
+    if target != "openvino":
+        return
+    wanted, found = run(path, x), run(tmp_path / "t.onnx", x)
+    assert np.sqrt(np.mean((found - wanted) ** 2)) < 0.02 * np.ptp(wanted)
+
+
+@pytest.mark.parametrize("target", ["openvino", "tensorrt"])
+def test_int8_without_zero_points_is_retargeted_exactly(target: str, tmp_path: Path) -> None:
+    """int8 -> uint8 with zero-point 128 has the same step; a tensorrt plan is what it was."""
+    written, _ = write(NETWORKS["unet"](tmp_path / "n.onnx"), "tensorrt")
+    model, plan = qdq.read(simplify(load_graph(tmp_path / "q.onnx")))
+    result = retarget(model, plan, TARGETS[target])
+    assert not result.rescaled
+    assert not result.dropped
+    assert {(scale.dtype, int(scale.zero_point)) for scale in result.plan.activations.values()} == (
+        {("uint8", 128)} if target == "openvino" else {("int8", 0)}
+    )
+    assert result.plan.equals(written) == (target == "tensorrt")
+    save_graph(qdq.write(model, result.plan), tmp_path / "t.onnx")
+    x = windows(1, seed=3)
+    np.testing.assert_array_equal(
+        answer(tmp_path / "t.onnx", tmp_path / "a", x), answer(tmp_path / "q.onnx", tmp_path / "b", x)
+    )
+
+
+def test_a_zero_point_that_a_symmetric_target_has_not_keeps_its_range(tmp_path: Path) -> None:
+    write(NETWORKS["meshnet"](tmp_path / "n.onnx"), "openvino")  # ELU: zero-points
+    model, plan = qdq.read(simplify(load_graph(tmp_path / "q.onnx")))
+    result = retarget(model, plan, TARGETS["tensorrt"])
+    assert set(result.rescaled) == set(plan.activations)
+    for name, scale in result.plan.activations.items():
+        old = plan.activations[name]
+        ends = [(end - old.zero_point) * old.step for end in (0, 255)]
+        assert scale.dtype == "int8"
+        assert not scale.zero_point.any()
+        np.testing.assert_allclose(127 * scale.step, max(-ends[0], ends[1]), rtol=1e-6)
+
+
+def test_nothing_to_retarget_is_an_error(tmp_path: Path) -> None:
+    model = simplify(load_graph(NETWORKS["unet"](tmp_path / "n.onnx")))
+    with pytest.raises(GraphError, match="nothing to retarget"):
+        retarget(model, planning.Plan((), {}, {}, "foreign"), TARGETS["openvino"])

@@ -26,12 +26,14 @@ class Placement:
         kept: names of the weighted nodes that stay in floating point, with the reason.
         tensors: activation tensors to quantize; those of one inner tuple share one scale (inputs of one concat).
         signed: tensors that must be symmetric int8 whatever their range.
+        readers: as in `Plan`.
     """
 
     layers: tuple[str, ...]
     kept: Mapping[str, str]
     tensors: tuple[tuple[str, ...], ...]
     signed: frozenset[str]
+    readers: Mapping[str, frozenset[Use]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -194,7 +196,7 @@ def plan(model: ir.Model, placement: Placement, ranges: Mapping[str, Range], tar
         weight = weight_value(node) if node.name in wanted else None
         if weight is not None and weight.const_value is not None:
             weights[str(weight.name)] = scale_of_weight(weight.const_value.numpy(), weight_axis(node))
-    return Plan(placement.layers, activations, weights, target.name)
+    return Plan(placement.layers, activations, weights, target.name, placement.readers)
 
 
 def _group_scales(

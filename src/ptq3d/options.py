@@ -141,7 +141,7 @@ class QuantizeOptions(Common):
     rounding: Literal["nearest", "gptq"] = "gptq"
     """How weights are rounded: each to its nearest step, or so that the layer's output errs least (and its bias is corrected)."""
     target: str = "openvino"
-    """The runtime to place Q/DQ for: openvino or tensorrt."""
+    """The runtime to place Q/DQ for: openvino, tensorrt, onnxruntime or triton."""
     keep: UseAppendAction[tuple[str, ...]] = ()
     """Glob pattern of layer names that stay in floating point; may be repeated."""
     number: Annotated[int, arg(aliases=["--windows"])] = 20

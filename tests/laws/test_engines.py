@@ -95,6 +95,21 @@ def test_openvino_runs_every_layer_in_int8_and_says_so(open_engine: Open, tmp_pa
             assert int8_mac_share(engine.layers()) == 0.0
 
 
+def test_onnxruntime_runs_its_own_files_in_int8_where_it_has_kernels(open_engine: Open, tmp_path: Path) -> None:
+    """QLinearConv for every 3D convolution but the last, whose logits stay real; it has no integer ConvTranspose."""
+    pytest.importorskip("onnxruntime")
+    for network in ("unet", "meshnet", "resized"):
+        fp32 = NETWORKS[network](tmp_path / f"{network}.onnx")
+        with open_engine("onnxruntime", quantized(fp32, "onnxruntime")) as engine:
+            *inner, last = engine.layers()
+            share = int8_mac_share(engine.layers())
+            assert last.precision == "fp32"
+            for layer in inner:
+                assert layer.op == ("ConvTranspose" if layer.name.startswith("convt") else "QLinearConv")
+        with open_engine("onnxruntime", quantized(fp32, "openvino")) as engine:
+            assert int8_mac_share(engine.layers()) < 0.1 < share
+
+
 def test_layers_report_the_same_macs_everywhere(backend: str, open_engine: Open, tmp_path: Path) -> None:
     onnx = NETWORKS["unet"](tmp_path / "unet.onnx")
     voxels = int(np.prod(WINDOW))

@@ -8,14 +8,14 @@ import numpy as np
 import onnx
 import pytest
 
-from networks import NETWORKS, windows
+from networks import NETWORKS, Builder, windows
 from ptq3d.errors import CalibrationError, GraphError, OptionError
 from ptq3d.graphs.files import load_graph, save_graph
 from ptq3d.graphs.layers import layers
 from ptq3d.graphs.passes import simplify
 from ptq3d.quantization import planning, qdq
 from ptq3d.quantization.calibration import collect_ranges
-from ptq3d.quantization.targets import TARGETS
+from ptq3d.quantization.targets import ACTIVATIONS, TARGETS
 
 
 def write(path: Path, target: str = "openvino", keep: tuple[str, ...] = ()) -> tuple[planning.Plan, onnx.ModelProto]:
@@ -37,7 +37,8 @@ def write(path: Path, target: str = "openvino", keep: tuple[str, ...] = ()) -> t
 def test_every_weighted_layer_is_fed_by_integers(network: str, target: str, tmp_path: Path) -> None:
     plan, _ = write(NETWORKS[network](tmp_path / "n.onnx"), target)
     written = simplify(load_graph(tmp_path / "q.onnx"))
-    assert qdq.integer_layers(written) == set(plan.layers) == {layer.name for layer in layers(written)}
+    wanted = {layer.name for layer in layers(written) if layer.op in TARGETS[target].operators}
+    assert qdq.integer_layers(written) == set(plan.layers) == wanted
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -99,3 +100,44 @@ def test_nan_in_a_calibration_window_is_refused(tmp_path: Path) -> None:
     bad[0, 0, 1, 2, 3] = np.nan
     with pytest.raises(CalibrationError, match="window 1: 1 values are NaN"):
         collect_ranges(model, ["image"], [bad], method="max", symmetric=False)
+
+
+def residual(path: Path) -> Path:
+    """A block as in every residual network: relu(conv(relu(conv(x))) + x), x out of a relu."""
+    b = Builder(8)
+    x = b.add("Relu", b.conv("image", 1, 6))
+    deep = b.conv(b.add("Relu", b.conv(x, 6, 6)), 6, 6)
+    y = b.add("Relu", b.add("Add", deep, x))
+    b.conv(y, 6, 3, kernel=1)
+    return b.save(path, "logits", 3)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_residual_branch_of_an_add(target: str, tmp_path: Path) -> None:
+    plan, written = write(residual(tmp_path / "n.onnx"), target)
+    (add,) = [node for node in written.graph.node if node.op_type == "Add"]
+    behind_dq = [name.endswith("/dq") for name in add.input]
+    assert (
+        behind_dq
+        == {
+            "openvino": [False, False],
+            "tensorrt": [False, True],  # the other one is the sum of the convolution, which TensorRT adds it to
+            "onnxruntime": [True, True],
+            "triton": [True, True],
+        }[target]
+    )
+    assert ("add_5", 1) in plan.readers.get("relu_1_out", frozenset()) or target == "openvino"
+
+
+def test_triton_keeps_every_tensor_between_the_layers_in_int8(tmp_path: Path) -> None:
+    """Only what a kernel fuses (an activation behind its layer) and the logits are read or left in floating point."""
+    for network in ("unet", "resized"):
+        _, written = write(NETWORKS[network](tmp_path / "n.onnx"), "triton")
+        makers = {output: node for node in written.graph.node for output in node.output}
+        for node in written.graph.node:
+            if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+                continue
+            for name in node.input:
+                maker = makers.get(name)
+                moved = maker is not None and maker.op_type in ("Concat", "MaxPool")
+                assert maker is None or moved or maker.op_type == "DequantizeLinear" or node.op_type in ACTIVATIONS

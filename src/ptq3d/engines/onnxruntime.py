@@ -16,6 +16,7 @@ from ptq3d.graphs.layers import Layer, layers, shape_of
 from ptq3d.graphs.passes import simplify
 
 ARTEFACT = "model.onnx"
+CARRIERS = frozenset({"Transpose", "QuantizeLinear", "DequantizeLinear", "Relu"})
 
 
 def unavailable() -> str | None:
@@ -74,11 +75,22 @@ def open(folder: Path, options: EngineOptions) -> OnnxRuntimeEngine:
 
 
 def _executed_operators(optimized: Path) -> dict[str, str]:
-    """Output tensor -> operator, of the graph that ONNX Runtime runs after its own fusions."""
+    """Output tensor -> operator, of the graph that ONNX Runtime runs after its own fusions.
+
+    Its integer convolutions work on channels last: what only carries its values to the tensor of the file stands for it.
+    """
     import onnx
 
     graph = onnx.load(str(optimized), load_external_data=False).graph
-    return {output: node.op_type for node in graph.node for output in node.output}
+    makers = {output: node for node in graph.node for output in node.output}
+
+    def behind(output: str) -> str:
+        node = makers[output]
+        carried = node.op_type in CARRIERS and node.input[0] in makers
+        found = behind(node.input[0]) if carried else node.op_type
+        return found if found.startswith("QLinear") else node.op_type
+
+    return {output: behind(output) for output in makers}
 
 
 class OnnxRuntimeEngine:

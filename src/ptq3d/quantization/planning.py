@@ -69,7 +69,9 @@ def _equal_scales(one: Mapping[str, Scale], other: Mapping[str, Scale]) -> bool:
     return one.keys() == other.keys() and all(scale.equals(other[name]) for name, scale in one.items())
 
 
-def reads_int8(node: ir.Node, index: int, chosen: Collection[str], planned: Collection[str]) -> bool:
+def reads_int8(
+    node: ir.Node, index: int, chosen: Collection[str], planned: Collection[str], sinks: Collection[Use] = ()
+) -> bool:
     """Whether this use leads to an INT8 layer: directly, or through concats and moves.
 
     Args:
@@ -77,13 +79,16 @@ def reads_int8(node: ir.Node, index: int, chosen: Collection[str], planned: Coll
         index: of the input that it reads with.
         chosen: names of the INT8 layers.
         planned: names of the quantized tensors; what leads to one of them is quantized anew there.
+        sinks: further uses that count as such a layer.
     """
+    if (node.name, index) in sinks:
+        return True
     if node.name in chosen:
         return index == 0 or (index == 1 and weight_value(node) is None)
     if node.op_type != "Concat" and not (node.op_type in MOVES and index == 0):
         return False
     output = node.outputs[0]
-    return output.name not in planned and any(reads_int8(*use, chosen, planned) for use in output.uses())
+    return output.name not in planned and any(reads_int8(*use, chosen, planned, sinks) for use in output.uses())
 
 
 def place(model: ir.Model, target: Target, *, keep: Sequence[str] = ()) -> Placement:
@@ -108,15 +113,92 @@ def place(model: ir.Model, target: Target, *, keep: Sequence[str] = ()) -> Place
     shared = _Groups()
     signed: set[str] = set()
     for node in chosen:
-        sources = list(_sources(node.inputs[0]))
-        shared.join(sources)
+        shared.join(list(_sources(node.inputs[0], every=target.direct)))
         if weight_value(node) is None:
-            right = list(_sources(node.inputs[1]))
+            right = list(_sources(node.inputs[1], every=target.direct))
             shared.join(right)
             signed.update(right)
+    names = tuple(str(node.name) for node in chosen)
+    residual = _residual_uses(model, names) if target.residual else {}
+    for branch in (*_inner_tensors(model, names, target), *residual.values()):
+        shared.join(list(_sources(branch)))
     tensors = shared.tuples()
     signed = {name for group in tensors if signed & set(group) for name in group}
-    return Placement(tuple(str(node.name) for node in chosen), kept, tensors, frozenset(signed))
+    planned = {name for group in tensors for name in group}
+    readers = _other_readers(model, names, planned, None if target.outputs else set(residual))
+    return Placement(names, kept, tensors, frozenset(signed), readers)
+
+
+def _residual_uses(model: ir.Model, chosen: Collection[str]) -> dict[Use, ir.Value]:
+    """(Add, input) -> the tensor it reads there, where the other input comes out of an INT8 layer."""
+    found: dict[Use, ir.Value] = {}
+    for node in model.graph:
+        if node.op_type != "Add":
+            continue
+        weighted = [(producer := _producer(value)) is not None and producer.name in chosen for value in node.inputs]
+        branch = 1 if weighted[0] else 0
+        value = node.inputs[branch]
+        if any(weighted) and value is not None and any(_sources(value)):
+            found[str(node.name), branch] = value
+    return found
+
+
+def _producer(value: ir.Value | None) -> ir.Node | None:
+    return None if value is None else value.producer()
+
+
+def _inner_tensors(model: ir.Model, chosen: Collection[str], target: Target) -> list[ir.Value]:
+    """Outputs that the target wants quantized: behind an INT8 layer and in front of a weighted one."""
+    nodes = list(model.graph) if target.outputs else []
+    behind: set[str | None] = set()
+    for node in nodes:
+        if node.name in chosen or any(value is not None and value.name in behind for value in node.inputs):
+            behind.update(value.name for value in node.outputs)
+    ahead: set[str | None] = set()
+    for node in reversed(nodes):
+        if node.op_type in WEIGHT_AXIS or any(value.name in ahead for value in node.outputs):
+            ahead.update(value.name for value in node.inputs if value is not None)
+    found = [_behind_fused(node.outputs[0], target) for node in nodes if node.op_type in target.outputs]
+    return [
+        value
+        for value in found
+        if value.name in behind
+        and value.name in ahead
+        and value.dtype == ir.DataType.FLOAT
+        and value.const_value is None
+    ]
+
+
+def _behind_fused(value: ir.Value, target: Target) -> ir.Value:
+    """The tensor that leaves the kernel: behind activations, and behind the factors that equalization leaves there.
+
+    An unsigned scale that a concat makes common to several tensors may have a zero-point, which stands for no Relu.
+    """
+    uses = list(value.uses())
+    if len(uses) != 1 or value.is_graph_output():
+        return value
+    reader = uses[0][0]
+    if not target.symmetric and any(use.op_type == "Concat" for use, _ in reader.outputs[0].uses()):
+        return value
+    scaled = reader.op_type == "Mul" and any(
+        other is not None and other.const_value is not None for other in reader.inputs
+    )
+    return _behind_fused(reader.outputs[0], target) if scaled or reader.op_type in target.fused else value
+
+
+def _other_readers(
+    model: ir.Model, chosen: Collection[str], planned: Collection[str], sinks: Collection[Use] | None
+) -> dict[str, frozenset[Use]]:
+    """Who reads quantized tensors besides INT8 layers: whatever leads to `sinks`, or everything where they are None."""
+    readers: dict[str, frozenset[Use]] = {}
+    for node in model.graph:
+        for index, value in enumerate(node.inputs):
+            if value is None or value.name not in planned or reads_int8(node, index, chosen, planned):
+                continue
+            if sinks is None or reads_int8(node, index, (), planned, sinks):
+                name = str(value.name)
+                readers[name] = readers.get(name, frozenset()) | {(str(node.name), index)}
+    return readers
 
 
 def _check_patterns(nodes: Iterable[ir.Node], keep: Sequence[str]) -> None:
@@ -140,17 +222,19 @@ def _why_float(node: ir.Node, target: Target, keep: Sequence[str]) -> str | None
     return None
 
 
-def _sources(value: ir.Value | None) -> Iterable[str]:
-    """The tensors to quantize so that `value` is INT8: itself, or what a concat or a mere move makes it of."""
-    if value is None:
+def _sources(value: ir.Value | None, *, every: bool = False) -> Iterable[str]:
+    """The tensors to quantize so that `value` is INT8: itself, or what a concat or a mere move makes it of.
+
+    With `every` also those on the way.
+    """
+    if value is None or value.const_value is not None:
         return
     producer = value.producer()
-    if producer is not None and producer.op_type == "Concat":
-        for piece in producer.inputs:
-            yield from _sources(piece)
-    elif producer is not None and producer.op_type in MOVES:
-        yield from _sources(producer.inputs[0])
-    elif value.const_value is None:
+    through = producer is not None and (producer.op_type == "Concat" or producer.op_type in MOVES)
+    if producer is not None and through:
+        for piece in producer.inputs if producer.op_type == "Concat" else producer.inputs[:1]:
+            yield from _sources(piece, every=every)
+    if every or not through:
         yield str(value.name)
 
 

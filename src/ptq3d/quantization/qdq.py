@@ -52,7 +52,7 @@ def _quantize_activation(model: ir.Model, name: str, plan: Plan) -> None:
         for node, index in value.uses()
         if (node.name, index) in others or reads_int8(node, index, chosen, plan.activations)
     ]
-    constants = _constants(model, name, scale)
+    constants = _constants(model, name, scale, explicit=plan.target == "onnxruntime")
     axis = {} if scale.axis is None else {"axis": scale.axis}
     quantized = ir.node("QuantizeLinear", [value, *constants], axis, name=f"{name}/Q")
     dequantized = ir.node("DequantizeLinear", [quantized.outputs[0], *constants], axis, name=f"{name}/DQ")
@@ -84,10 +84,13 @@ def _quantize_weight(model: ir.Model, node: ir.Node, plan: Plan, done: set[str])
         del model.graph.initializers[name]
 
 
-def _constants(model: ir.Model, name: str, scale: Scale) -> list[ir.Value]:
-    """Step and zero-point; ONNX's default (uint8, zero-point 0) needs none, and a runtime one subtraction less."""
+def _constants(model: ir.Model, name: str, scale: Scale, *, explicit: bool) -> list[ir.Value]:
+    """Step and zero-point; ONNX's default (uint8, zero-point 0) needs none, and a runtime one subtraction less.
+
+    ONNX Runtime takes a Relu into the convolution only where it sees the zero-point.
+    """
     step = add_constant(model, f"{name}/step", scale.step)
-    if scale.dtype == "uint8" and not scale.zero_point.any():
+    if not explicit and scale.dtype == "uint8" and not scale.zero_point.any():
         return [step]
     return [step, add_constant(model, f"{name}/zero_point", scale.zero_point.astype(scale.dtype))]
 

@@ -88,14 +88,14 @@ def _follow(value: ir.Value | None, scale: Scale | None, foreign: Plan, found: d
     if value is None:
         return
     scale = scale or foreign.activations.get(str(value.name))
+    if scale is not None and value.const_value is None:
+        found.setdefault(str(value.name), []).append(scale)
     producer = value.producer()
     if producer is not None and producer.op_type == "Concat":
         for piece in producer.inputs:
             _follow(piece, scale, foreign, found)
     elif producer is not None and producer.op_type in MOVES:
         _follow(producer.inputs[0], scale, foreign, found)
-    elif value.const_value is None and scale is not None:
-        found.setdefault(str(value.name), []).append(scale)
 
 
 def _activations(placement: Placement, found: Mapping[str, list[Scale]], target: Target) -> dict[str, Scale]:

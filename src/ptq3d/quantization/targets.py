@@ -11,6 +11,8 @@ from ptq3d.errors import OptionError
 MOVES = frozenset(
     {"MaxPool", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "DepthToSpace", "SpaceToDepth", "Identity"}
 )
+# functions of one value, which a kernel computes on its way out
+ACTIVATIONS = frozenset({"Relu", "LeakyRelu", "PRelu", "Elu", "Gelu", "Sigmoid", "Tanh", "Clip"})
 
 
 @dataclass(frozen=True)
@@ -22,12 +24,21 @@ class Target:
         operators: the operators that run in INT8 there.
         symmetric: activations as int8 with zero-point 0 everywhere; otherwise uint8 with a zero-point.
         why: where the rules come from.
+        outputs: operators whose outputs are quantized too, between the first INT8 layer and the last weighted one; then
+            everything reads the dequantized tensors. "Concat": its inputs share a scale, whoever reads it.
+        fused: operators that run as one with the one in front of them: only the output of the last is quantized.
+        residual: the other branch of an Add behind an INT8 layer is quantized too.
+        direct: layers must read a DequantizeLinear itself: concats and moves in front of them are quantized behind, too.
     """
 
     name: str
     operators: frozenset[str]
     symmetric: bool
     why: str
+    outputs: frozenset[str] = frozenset()
+    fused: frozenset[str] = frozenset()
+    residual: bool = False
+    direct: bool = False
 
 
 TARGETS: Mapping[str, Target] = {
@@ -43,7 +54,31 @@ TARGETS: Mapping[str, Target] = {
             "tensorrt",
             frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"}),
             True,
-            "TensorRT developer guide, explicit quantization: int8, zero-point 0, Q/DQ on all inputs of weighted layers",
+            "TensorRT developer guide, explicit quantization: int8, zero-point 0, Q/DQ on all inputs of weighted layers "
+            "and on the residual branch of an Add, which then runs inside the convolution",
+            residual=True,
+        ),
+        Target(
+            "onnxruntime",
+            frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"}),
+            False,
+            "ONNX Runtime makes a QLinearConv of DQ, Conv (Relu), Q only. ConvTranspose runs in float there, but one with FP32 "
+            "weights between Q/DQ gets one INT8 step for all its weights from ONNX Runtime itself, which is worse than ours",
+            outputs=frozenset({"Conv", "Gemm", "MatMul"}),
+            fused=frozenset({"Relu"}),
+            direct=True,
+        ),
+        Target(
+            "triton",
+            frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"}),
+            True,
+            "kernels of our own: int8 with zero-point 0, and every tensor between the first and the last layer stays INT8",
+            outputs=frozenset(
+                {"Conv", "ConvTranspose", "Gemm", "MatMul", "Concat", "Add", "Sub", "Mul", "Resize", "AveragePool"}
+                | {"InstanceNormalization", "GroupNormalization", "LayerNormalization", "BatchNormalization"}
+                | ACTIVATIONS
+            ),
+            fused=ACTIVATIONS,
         ),
     )
 }

@@ -21,10 +21,12 @@ if TYPE_CHECKING:
         ExportOptions,
         InspectOptions,
         QuantizeOptions,
+        SensitivityOptions,
         TrainOptions,
     )
-    from ptq3d.pipeline import calibrate, export, quantize, train
+    from ptq3d.pipeline import calibrate, export, train
     from ptq3d.predict import deploy
+    from ptq3d.verification import quantize, sensitivity
 
 # public name -> module; loaded on first use, so that `import ptq3d` loads no torch, openvino or monai
 _MODULES = {
@@ -36,6 +38,7 @@ _MODULES = {
     "ExportOptions": "options",
     "InspectOptions": "options",
     "QuantizeOptions": "options",
+    "SensitivityOptions": "options",
     "TrainOptions": "options",
     "build": "artefacts",
     "calibrate": "pipeline",
@@ -44,7 +47,8 @@ _MODULES = {
     "deploy": "predict",
     "export": "pipeline",
     "inspect": "inspection",
-    "quantize": "pipeline",
+    "quantize": "verification",
+    "sensitivity": "verification",
     "train": "pipeline",
 }
 
@@ -57,6 +61,7 @@ __all__ = [
     "ExportOptions",
     "InspectOptions",
     "QuantizeOptions",
+    "SensitivityOptions",
     "TrainOptions",
     "__version__",
     "build",
@@ -67,6 +72,7 @@ __all__ = [
     "export",
     "inspect",
     "quantize",
+    "sensitivity",
     "train",
 ]
 

@@ -26,6 +26,7 @@ from ptq3d.options import (
     ExportOptions,
     InspectOptions,
     QuantizeOptions,
+    SensitivityOptions,
     TrainOptions,
 )
 
@@ -75,7 +76,7 @@ def calibrate(options: CalibrateOptions) -> None:
 
 def quantize(options: QuantizeOptions) -> None:
     """Run `ptq3d quantize`."""
-    written = _verb("ptq3d.pipeline", "quantize")(options)
+    written = _verb("ptq3d.verification", "quantize")(options)
     facts = written.facts
     before = facts.get("fp32_size_bytes", facts.get("source_size_bytes", 0))
     _say(
@@ -88,6 +89,17 @@ def quantize(options: QuantizeOptions) -> None:
     for name in facts.get("rescaled_tensors", ()):
         _say(options, f"  another step, same range: {name}")
     _report(options, {"path": str(written.path), "size_bytes": written.size_bytes, **facts})
+
+
+def sensitivity(options: SensitivityOptions) -> None:
+    """Run `ptq3d sensitivity`."""
+    found = _verb("ptq3d.verification", "sensitivity")(options)
+    table = _table("layer", "MMAC", "share", "disagreement alone in INT8")
+    whole = sum(one.macs for one in found)
+    for one in found:
+        table.add_row(one.layer, f"{one.macs / 1e6:.1f}", f"{one.macs / whole:.1%}", f"{one.disagreement:.5f}")
+    _show(options, table)
+    _report(options, {"layers": [vars(one) for one in found]})
 
 
 def build(options: BuildOptions) -> None:
@@ -155,6 +167,7 @@ VERBS: Mapping[type[Common], Callable[..., None]] = {
     ExportOptions: export,
     CalibrateOptions: calibrate,
     QuantizeOptions: quantize,
+    SensitivityOptions: sensitivity,
     BuildOptions: build,
     DeployOptions: deploy,
     CompareOptions: compare,
@@ -167,6 +180,7 @@ Command = (
     | Annotated[ExportOptions, subcommand("export")]
     | Annotated[CalibrateOptions, subcommand("calibrate")]
     | Annotated[QuantizeOptions, subcommand("quantize")]
+    | Annotated[SensitivityOptions, subcommand("sensitivity")]
     | Annotated[BuildOptions, subcommand("build")]
     | Annotated[DeployOptions, subcommand("deploy")]
     | Annotated[CompareOptions, subcommand("compare")]

@@ -20,7 +20,8 @@ from ptq3d.artefacts import artefact_size
 from ptq3d.datasets.folders import Case, find_cases
 from ptq3d.engines.base import Engine, EngineOptions, Precision, int8_mac_share
 from ptq3d.errors import EngineError, OptionError
-from ptq3d.evaluation.metrics import dice_per_class, fidelity, mean_dice
+from ptq3d.evaluation.certificate import certificate
+from ptq3d.evaluation.metrics import dice_per_class, fidelity_per_class, mean_dice
 from ptq3d.evaluation.statistics import Interval, LatencySummary, paired_bootstrap
 from ptq3d.options import CompareOptions
 from ptq3d.predict import (
@@ -53,6 +54,7 @@ class Row:
         int8_mac_share: as the runtime reports it.
         dice: (cases, K - 1), NaN where a class is in neither; empty without labels.
         fidelity: one a case.
+        kept: (cases, K - 1) fidelity of each class, NaN where it is too small.
         dice_change: mean Dice minus the first engine's, over cases.
     """
 
@@ -66,6 +68,7 @@ class Row:
     int8_mac_share: float
     dice: np.ndarray
     fidelity: tuple[float, ...]
+    kept: np.ndarray
     dice_change: Interval | None
 
     @property
@@ -73,8 +76,8 @@ class Row:
         """Mean over cases of the mean over classes; None without labels."""
         return float(np.mean([mean_dice(case) for case in self.dice])) if self.dice.size else None
 
-    def to_dict(self, names: Sequence[str]) -> dict[str, Any]:
-        """JSON-able, one key a figure; `names` are the foreground classes."""
+    def to_dict(self, names: Sequence[str], cases: Sequence[str]) -> dict[str, Any]:
+        """JSON-able, one key a figure; `names` are the foreground classes, `cases` the cases."""
         change = self.dice_change
         return {
             "name": self.name,
@@ -99,6 +102,7 @@ class Row:
             "fidelity": float(np.mean(self.fidelity)),
             "fidelity_worst_case": float(np.min(self.fidelity)),
             "int8_mac_share": self.int8_mac_share,
+            "certificate": certificate(cases, names, self.kept),
         }
 
 
@@ -130,7 +134,7 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-able data."""
         return {
-            "rows": [row.to_dict(self.classes) for row in self.rows],
+            "rows": [row.to_dict(self.classes, self.cases) for row in self.rows],
             "cases": list(self.cases),
             "window": list(self.window),
             **self.notes,
@@ -181,10 +185,14 @@ class _Run:
 
 @dataclass(frozen=True)
 class _Verdict:
-    """Dice (cases, K - 1), empty without labels, and fidelity of each case."""
+    """Dice (cases, K - 1), empty without labels; fidelity of each case, and of each class (cases, K - 1)."""
 
     dice: np.ndarray
-    fidelity: tuple[float, ...]
+    kept: np.ndarray
+
+    @property
+    def fidelity(self) -> tuple[float, ...]:
+        return tuple(mean_dice(case) for case in self.kept)
 
 
 def _row(name: str, deployment: Deployment, timed: _Timed, run: _Run, verdict: _Verdict, first: np.ndarray) -> Row:
@@ -200,6 +208,7 @@ def _row(name: str, deployment: Deployment, timed: _Timed, run: _Run, verdict: _
         int8_mac_share=timed.int8_mac_share,
         dice=verdict.dice,
         fidelity=verdict.fidelity,
+        kept=verdict.kept,
         dice_change=_change(first, verdict.dice) if changed else None,
     )
 
@@ -325,8 +334,8 @@ def _judge(
         found = load_labels(output / f"{case.name}.nii.gz").data[0]
         if truth is not None:
             dice.append(dice_per_class(found, truth, classes))
-        kept.append(fidelity(found, load_labels(reference / f"{case.name}.nii.gz").data[0], classes))
-    return _Verdict(np.asarray(dice), tuple(kept))
+        kept.append(fidelity_per_class(found, load_labels(reference / f"{case.name}.nii.gz").data[0], classes))
+    return _Verdict(np.asarray(dice), np.asarray(kept))
 
 
 def _change(first: np.ndarray, second: np.ndarray) -> Interval:

@@ -12,6 +12,7 @@ Ptq3dError                 exit 1: a fault that is not the user's
     ├── ManifestError      a manifest that is missing, of another version, or does not match its files
     ├── CalibrationError   windows of another shape, non-finite values, a tensor without a range
     ├── ShapeError         an array of another shape or dtype than the one wanted
+    ├── BudgetError        no INT8 engine keeps the budget of disagreement
     ├── OptionError        a combination of options that has no meaning
     └── UnavailableError   an engine, device or library that is not on this machine
 """
@@ -67,6 +68,10 @@ class CalibrationError(InputError):
 
 class ShapeError(InputError):
     """An array has another shape or dtype than the one wanted."""
+
+
+class BudgetError(InputError):
+    """No INT8 engine of the network keeps the budget of disagreement."""
 
 
 class OptionError(InputError):

@@ -138,6 +138,8 @@ class QuantizeOptions(Common):
     """How the range of an activation is drawn from what was seen."""
     equalize: bool = True
     """Scale channels so that all use the 8 bits (exact in FP32; the scales go into the weights around)."""
+    second_terms: float = 0.12
+    """Share of the network's work that may be spent on its most sensitive layers: they read two 8-bit terms, or leave INT8."""
     rounding: Literal["nearest", "gptq"] = "gptq"
     """How weights are rounded: each to its nearest step, or so that the layer's output errs least (and its bias is corrected)."""
     target: str = "openvino"
@@ -146,6 +148,14 @@ class QuantizeOptions(Common):
     """Glob pattern of layer names that stay in floating point; may be repeated."""
     number: Annotated[int, arg(aliases=["--windows"])] = 20
     """Windows to draw where a folder of volumes is given."""
+    validation_data: Path | None = None
+    """Volumes that were not calibrated on: the built engine's labels are compared with FP32's, and the figures go into the file."""
+    validation_labels: Path | None = None
+    """Their true label maps: the loss of mean Dice is then held within the budget, instead of 1 - fidelity."""
+    budget: float | None = None
+    """Leave as few layers as possible in floating point so that 1 - fidelity on the validation data stays within this, e.g. 0.005."""
+    guard: bool = False
+    """Measure whether each thin layer's INT8 makes the engine faster, and leave it in floating point where it does not."""
     preprocessing: str | None = None
     """A preset (btcv) or a TOML / JSON file, for a network without a manifest; it is embedded in the INT8 file."""
     label_map: Path | None = None
@@ -158,6 +168,14 @@ class QuantizeOptions(Common):
     """Type of the floating-point rest in the file: only fp32; choose bf16 when you run it."""
     seed: int = 0
     """Equal seeds draw equal windows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SensitivityOptions(QuantizeOptions):
+    """Measure what INT8 in each layer alone does to the answer; needs --validation-data. Writes no network."""
+
+    figure: Path | None = None
+    """Draw the bars into this PNG file."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -22,10 +22,13 @@ from ptq3d.graphs.export import TOLERANCE, export_network, relative_error
 from ptq3d.graphs.files import load_graph, resize_window, save_graph, static_input_shape
 from ptq3d.graphs.layers import shape_of
 from ptq3d.graphs.passes import is_quantized, simplify
+from ptq3d.int8 import LIMITS, Scale
 from ptq3d.manifest import Manifest, embed, embedded, sha256
 from ptq3d.options import CalibrateOptions, ExportOptions, QuantizeOptions, TrainOptions
 from ptq3d.progress import Progress, bar, silent
-from ptq3d.quantization import calibration, equalization, planning, qdq, retargeting, rounding
+from ptq3d.quantization import calibration, planning, qdq, retargeting
+from ptq3d.quantization.observation import Observations
+from ptq3d.quantization.quantizer import Quantized, Recipe, quantize_graph
 from ptq3d.quantization.targets import Target, get_target
 from ptq3d.version import __version__
 from ptq3d.volumes.files import load_image, load_labels
@@ -243,6 +246,40 @@ def _case_windows(
             progress(done, number)
 
 
+@dataclass(frozen=True)
+class Calibrated:
+    """An FP32 graph with all that is needed to quantize it, again and again by different recipes.
+
+    Args:
+        model: the simplified FP32 graph.
+        manifest: of its network.
+        seen: what calibration saw.
+        cases: calibration case -> SHA-256; empty where a file of windows was given.
+        windows: how many were seen.
+    """
+
+    model: ir.Model
+    manifest: Manifest
+    seen: Observations
+    cases: Mapping[str, str]
+    windows: int
+
+
+def observed(options: QuantizeOptions) -> Calibrated:
+    """The FP32 graph of `options`, with what one pass over the calibration windows saw of it.
+
+    Raises:
+        GraphError: the graph is quantized already, dynamic, or invalid.
+        CalibrationError: windows of another shape, NaN or infinite values.
+    """
+    model, manifest = _prepared_graph(options)
+    windows, cases, total = _windows_for(options, model, manifest)
+    placement = planning.place(model, get_target(options.target))
+    with bar("Calibrate", quiet=options.quiet) as progress:
+        seen = calibration.observe(model, placement, _counted(windows, total, progress), total)
+    return Calibrated(model, manifest, seen, cases, total)
+
+
 def quantize(options: QuantizeOptions) -> Written:
     """FP32 ONNX -> Q/DQ ONNX: ranges from calibration, scales and placement for a target, weights stored as INT8.
 
@@ -251,32 +288,72 @@ def quantize(options: QuantizeOptions) -> Written:
         CalibrationError: windows of another shape, NaN or infinite values.
         OptionError: a mode or type that is not written here.
     """
-    _check_modelopt_flags(options)
+    check_modelopt_flags(options)
     if options.retarget is not None:
         return _retargeted(options, get_target(options.retarget))
-    target = get_target(options.target)
-    model, manifest = _prepared_graph(options)
-    windows, cases, total = _windows_for(options, model, manifest)
-    with bar("Calibrate", quiet=options.quiet) as progress:
-        plan, kept = _planned(options, model, target, _Passes(windows, total, 1 + options.equalize, progress))
-    share = planning.int8_mac_share(model, plan)
-    recipe = {
+    recipe = recipe_of(options)
+    found = observed(options)
+    return write_quantized(options, found, recipe, quantize_graph(found.model, found.seen, recipe))
+
+
+def write_quantized(
+    options: QuantizeOptions,
+    found: Calibrated,
+    recipe: Recipe,
+    made: Quantized,
+    evidence: Mapping[str, Any] | None = None,
+) -> Written:
+    """Write a Q/DQ graph with its certificate: what was done to it, and what is known of its answers.
+
+    Args:
+        options: say where to.
+        found: what it was made from.
+        recipe: that it was made by.
+        made: the graph.
+        evidence: what verification found, JSON-able.
+    """
+    facts = {
         "ptq3d": __version__,
-        "target": target.name,
-        "calibration_method": options.calibration_method,
-        "equalize": options.equalize,
-        "rounding": options.rounding,
-        "calibration_cases": cases,
-        "calibration_windows": total,
-        "int8_layers": list(plan.layers),
-        "float_layers": dict(kept),
-        "int8_mac_share": share,
+        **recipe.to_dict(),
+        "calibration_cases": dict(found.cases),
+        "calibration_windows": found.windows,
+        "int8_layers": list(made.plan.layers),
+        "two_term_layers": list(made.split),
+        "float_layers": dict(made.kept),
+        "int8_mac_share": made.int8_mac_share,
+        "ranges": {name: _real_range(scale) for name, scale in made.plan.activations.items()},
+        **(evidence or {}),
     }
     source = {options.onnx_path.name: sha256(options.onnx_path)}
-    embed(qdq.write(model, plan), replace(manifest, quantization=recipe, source=source))
+    embed(made.model, replace(found.manifest, quantization=facts, source=source))
     output = options.output_path or options.onnx_path.with_name(f"{options.onnx_path.stem}_int8.onnx")
-    save_graph(model, output)
-    return Written(output, output.stat().st_size, {**recipe, "fp32_size_bytes": options.onnx_path.stat().st_size})
+    save_graph(made.model, output)
+    return Written(output, output.stat().st_size, {**facts, "fp32_size_bytes": options.onnx_path.stat().st_size})
+
+
+def _real_range(scale: Scale) -> list[float]:
+    """[low, high] that a scale of one step covers, in the tensor's own unit."""
+    lowest, highest = LIMITS[scale.dtype]
+    zero_point, step = int(scale.zero_point), float(scale.step)
+    return [(lowest - zero_point) * step, (highest - zero_point) * step]
+
+
+def recipe_of(options: QuantizeOptions) -> Recipe:
+    """The recipe that the options describe."""
+    return Recipe(
+        target=options.target,
+        calibration_method=options.calibration_method,
+        equalize=options.equalize,
+        second_terms=options.second_terms,
+        rounding=options.rounding,
+        keep=tuple(options.keep),
+    )
+
+
+def _counted(windows: Iterable[np.ndarray], total: int, progress: Progress) -> Iterator[np.ndarray]:
+    for done, window in enumerate(islice(windows, total), 1):
+        yield window
+        progress(done, total)
 
 
 def _retargeted(options: QuantizeOptions, target: Target) -> Written:
@@ -313,7 +390,12 @@ def _retargeted(options: QuantizeOptions, target: Target) -> Written:
     return Written(output, output.stat().st_size, {**recipe, "source_size_bytes": options.onnx_path.stat().st_size})
 
 
-def _check_modelopt_flags(options: QuantizeOptions) -> None:
+def check_modelopt_flags(options: QuantizeOptions) -> None:
+    """Refuse what ModelOpt's command line offers and ptq3d does not write.
+
+    Raises:
+        OptionError: naming the flag.
+    """
     if options.quantize_mode != "int8":
         raise OptionError(f"--quantize-mode {options.quantize_mode}: ptq3d writes int8 only.")
     if options.high_precision_dtype != "fp32":
@@ -367,59 +449,10 @@ def _windows_for(
         cases = find_cases(data)
         size = (window[0], window[1], window[2])
         prepared = manifest.preprocessing
-        drawn = _Again(lambda: _case_windows(cases, prepared, size, options.number, seed=options.seed, hashes=hashes))
+        drawn = _case_windows(cases, prepared, size, options.number, seed=options.seed, hashes=hashes)
         return drawn, hashes, options.number
     found = calibration.open_windows(data, (channels, window[0], window[1], window[2]))
     return found, dict(found.cases), found.number
-
-
-@dataclass(frozen=True)
-class _Again:
-    """Windows that are drawn anew, the same ones, each time they are read."""
-
-    draw: Callable[[], Iterator[np.ndarray]]
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        return self.draw()
-
-
-class _Passes:
-    """The windows, to be read several times, with one progress bar over all passes."""
-
-    def __init__(self, windows: Iterable[np.ndarray], total: int, passes: int, progress: Progress) -> None:
-        self._windows, self._progress, self._passes = windows, progress, passes
-        self.total, self._done = total, 0
-
-    def __call__(self) -> Iterator[np.ndarray]:
-        for window in islice(self._windows, self.total):
-            yield window
-            self._done += 1
-            self._progress(self._done, self.total * self._passes)
-
-
-def _planned(
-    options: QuantizeOptions, model: ir.Model, target: Target, passes: _Passes
-) -> tuple[planning.Plan, Mapping[str, str]]:
-    """(plan, layers left in floating point with the reason); equalizes `model` and rounds its weights, in place."""
-    placement = planning.place(model, target, keep=options.keep)
-    if options.equalize:
-        tensors = equalization.equalizable(model, placement)
-        equalization.equalize(model, placement, calibration.collect_extremes(model, tensors, passes()))
-        placement = planning.place(model, target, keep=options.keep)
-    chosen = [node for node in model.graph if node.name in placement.layers and rounding.has_gram(node)]
-    grams = {str(node.name): rounding.Gram(node, passes.total) for node in chosen if options.rounding == "gptq"}
-    ranges = calibration.collect_ranges(
-        model,
-        [name for group in placement.tensors for name in group],
-        passes(),
-        method=options.calibration_method,
-        symmetric=target.symmetric,
-        grams=list(grams.values()),
-    )
-    plan = planning.plan(model, placement, ranges, target)
-    steps = {name: planning.input_step(gram.node, plan) for name, gram in grams.items()}
-    rounding.round_weights(model, plan, grams, steps)
-    return plan, placement.kept
 
 
 def train(options: TrainOptions) -> TrainingResult:

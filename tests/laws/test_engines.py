@@ -14,20 +14,16 @@ from ptq3d.engines.base import Engine, EngineOptions, int8_mac_share
 from ptq3d.errors import EngineError, InputError, ShapeError
 from ptq3d.graphs.files import load_graph, save_graph
 from ptq3d.graphs.passes import simplify
-from ptq3d.quantization import planning, qdq
-from ptq3d.quantization.calibration import collect_ranges
+from ptq3d.quantization import qdq
 from ptq3d.quantization.targets import TARGETS
+from quantizing import planned
 
 Open = Callable[..., Engine]
 
 
 def quantized(path: Path, target: str, method: str = "max") -> Path:
     model = simplify(load_graph(path))
-    placement = planning.place(model, TARGETS[target])
-    tensors = [name for group in placement.tensors for name in group]
-    pieces = [window[None] for window in windows(4)]
-    ranges = collect_ranges(model, tensors, pieces, method=method, symmetric=TARGETS[target].symmetric)
-    plan = planning.plan(model, placement, ranges, TARGETS[target])
+    plan = planned(model, target, method=method, images=[window[None] for window in windows(4)])
     output = path.with_name(f"{path.stem}_{target}.onnx")
     save_graph(qdq.write(model, plan), output)
     return output

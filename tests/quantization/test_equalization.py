@@ -9,40 +9,25 @@ import onnx_ir as ir
 import pytest
 from onnx import numpy_helper
 
-from networks import NETWORKS, Builder, windows
-from ptq3d.engines import get_backend
-from ptq3d.engines.base import EngineOptions
+from networks import NETWORKS, Builder
 from ptq3d.errors import CalibrationError
-from ptq3d.graphs.files import load_graph, save_graph
-from ptq3d.graphs.passes import simplify
 from ptq3d.quantization import equalization, planning, qdq
-from ptq3d.quantization.calibration import collect_extremes, collect_ranges
+from ptq3d.quantization.observation import TensorSeen
 from ptq3d.quantization.targets import TARGETS
-
-IMAGES = [window[None] for window in windows(3)]
-
-
-def outputs(model: ir.Model, path: Path) -> np.ndarray:
-    save_graph(model, path)
-    backend = get_backend("onnxruntime" if get_backend("onnxruntime").unavailable() is None else "openvino")
-    backend.build(path, path.with_suffix(".engine"))
-    with backend.open(path.with_suffix(".engine"), EngineOptions()) as engine:
-        return engine(np.concatenate(IMAGES))
+from quantizing import graph, observed, outputs, planned
 
 
 def equalized(path: Path, strength: float = equalization.STRENGTH) -> tuple[ir.Model, tuple[str, ...]]:
-    model = simplify(load_graph(path))
+    model = graph(path)
     placement = planning.place(model, TARGETS["openvino"])
     names = equalization.equalizable(model, placement)
-    extremes = collect_extremes(model, names, IMAGES)
-    return equalization.equalize(model, placement, extremes, strength=strength), names
+    done = equalization.equalize(model, placement, observed(model).tensors, strength=strength)
+    assert set(done.tensors) == set(names)
+    return model, names
 
 
 def quantized(model: ir.Model) -> ir.Model:
-    placement = planning.place(model, TARGETS["openvino"])
-    tensors = [name for group in placement.tensors for name in group]
-    ranges = collect_ranges(model, tensors, IMAGES, method="max", symmetric=False)
-    return qdq.write(model, planning.plan(model, placement, ranges, TARGETS["openvino"]))
+    return qdq.write(model, planned(model))
 
 
 def uneven(path: Path, activation: str = "Relu") -> Path:
@@ -66,7 +51,7 @@ def uneven(path: Path, activation: str = "Relu") -> Path:
 @pytest.mark.parametrize("network", NETWORKS)
 def test_floating_point_outputs_stay_the_same(network: str, strength: float, tmp_path: Path) -> None:
     path = NETWORKS[network](tmp_path / "n.onnx")
-    before = outputs(simplify(load_graph(path)), tmp_path / "before.onnx")
+    before = outputs(graph(path), tmp_path / "before.onnx")
     model, _ = equalized(path, strength)
     after = outputs(model, tmp_path / "after.onnx")
     assert np.abs(after - before).max() <= 1e-5 * np.abs(before).max()
@@ -77,7 +62,7 @@ def test_it_changes_weights(network: str, tmp_path: Path) -> None:
     path = NETWORKS[network](tmp_path / "n.onnx")
     model, names = equalized(path)
     assert names
-    plain = simplify(load_graph(path))
+    plain = graph(path)
     changed = [
         node.name
         for node, old in zip(
@@ -100,42 +85,58 @@ def test_homogeneous_functions_cost_nothing_others_one_multiplication(tmp_path: 
 
 def test_a_tensor_that_something_else_reads_is_left_alone(tmp_path: Path) -> None:
     path = NETWORKS["resized"](tmp_path / "n.onnx")
-    model = simplify(load_graph(path))
+    model = graph(path)
     pooled = next(str(node.outputs[0].name) for node in model.graph if node.op_type == "MaxPool")
     assert pooled not in equalization.equalizable(model, planning.place(model, TARGETS["openvino"]))
+
+
+def test_a_layer_that_stays_float_takes_its_scales_like_the_others(tmp_path: Path) -> None:
+    b = Builder(10)
+    x = b.add("Elu", b.conv("image", 1, 6))
+    b.conv(b.add("Concat", b.conv(x, 6, 4), b.conv(x, 6, 2, kernel=1), axis=1), 6, 3, kernel=1)
+    model = graph(b.save(tmp_path / "n.onnx", "logits", 3))
+    before, seen = outputs(model, tmp_path / "before.onnx"), observed(model)
+    placement = planning.place(model, TARGETS["openvino"], keep=("conv_2",))
+    assert x in equalization.equalizable(model, placement)
+    done = equalization.equalize(model, placement, seen.tensors)
+    assert np.array_equal(done.layers["conv_2"], done.tensors[x][1])
+    assert np.array_equal(done.layers["conv_3"], done.tensors[x][1])
+    assert np.abs(outputs(model, tmp_path / "after.onnx") - before).max() <= 1e-5 * np.abs(before).max()
 
 
 @pytest.mark.parametrize("activation", ["Relu", "Elu"])
 def test_int8_errs_less_where_channels_span_different_ranges(activation: str, tmp_path: Path) -> None:
     path = uneven(tmp_path / "n.onnx", activation)
-    exact = outputs(simplify(load_graph(path)), tmp_path / "exact.onnx")
+    exact = outputs(graph(path), tmp_path / "exact.onnx")
 
     def error(model: ir.Model, name: str) -> float:
         return float(np.square(outputs(quantized(model), tmp_path / name) - exact).mean())
 
-    plain = error(simplify(load_graph(path)), "plain.onnx")
+    plain = error(graph(path), "plain.onnx")
     assert error(equalized(path)[0], "equalized.onnx") < 0.5 * plain
 
 
 def test_channels_that_are_always_zero_keep_the_scale_one(tmp_path: Path) -> None:
     path = uneven(tmp_path / "n.onnx")
-    model = simplify(load_graph(path))
+    model = graph(path)
     placement = planning.place(model, TARGETS["openvino"])
+    nothing = np.zeros(8, np.float32)
     dead = {
-        name: equalization.Extremes(np.zeros(8, np.float32), np.zeros(8, np.float32))
-        for name in equalization.equalizable(model, placement)
-        if name.startswith("relu_1")
+        name: TensorSeen(nothing, nothing, np.zeros((64, 8), np.float32)) if name.startswith("relu_1") else seen
+        for name, seen in observed(model).tensors.items()
     }
-    before = outputs(simplify(load_graph(path)), tmp_path / "before.onnx")
-    after = outputs(equalization.equalize(model, placement, dead), tmp_path / "after.onnx")
-    assert np.array_equal(before, after)
+    scaled = equalization.equalize(model, placement, dead, strength=1.0)
+    assert set(scaled.tensors) == set(equalization.equalizable(model, placement))
+    for name, (_, factors) in scaled.tensors.items():
+        assert np.array_equal(factors, np.ones_like(factors)) == name.startswith("relu_1")
+    before = outputs(graph(path), tmp_path / "before.onnx")
+    assert np.abs(outputs(model, tmp_path / "after.onnx") - before).max() <= 1e-5 * np.abs(before).max()
 
 
 def test_an_overflowing_network_is_refused_by_tensor(tmp_path: Path) -> None:
     b = Builder(6)
     x = b.add("Exp", b.add("Mul", b.conv("image", 1, 4), b.weight(1, spread=1e30)))
     b.conv(x, 4, 3, kernel=1)
-    model = simplify(load_graph(b.save(tmp_path / "n.onnx", "logits", 3)))
-    names = equalization.equalizable(model, planning.place(model, TARGETS["openvino"]))
+    model = graph(b.save(tmp_path / "n.onnx", "logits", 3))
     with pytest.raises(CalibrationError, match=r"exp_2_out.*NaN or infinite"):
-        collect_extremes(model, names, IMAGES)
+        observed(model)

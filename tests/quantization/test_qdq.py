@@ -14,18 +14,13 @@ from ptq3d.graphs.files import load_graph, save_graph
 from ptq3d.graphs.layers import layers
 from ptq3d.graphs.passes import simplify
 from ptq3d.quantization import planning, qdq
-from ptq3d.quantization.calibration import collect_ranges
 from ptq3d.quantization.targets import ACTIVATIONS, TARGETS
+from quantizing import observed, planned
 
 
 def write(path: Path, target: str = "openvino", keep: tuple[str, ...] = ()) -> tuple[planning.Plan, onnx.ModelProto]:
     model = simplify(load_graph(path))
-    placement = planning.place(model, TARGETS[target], keep=keep)
-    tensors = [name for group in placement.tensors for name in group]
-    ranges = collect_ranges(
-        model, tensors, [w[None] for w in windows(2)], method="max", symmetric=TARGETS[target].symmetric
-    )
-    plan = planning.plan(model, placement, ranges, TARGETS[target])
+    plan = planned(model, target, keep=keep, images=[w[None] for w in windows(2)])
     output = path.with_name("q.onnx")
     save_graph(qdq.write(model, plan), output)
     onnx.checker.check_model(str(output), full_check=True)
@@ -99,7 +94,7 @@ def test_nan_in_a_calibration_window_is_refused(tmp_path: Path) -> None:
     bad = windows(1)
     bad[0, 0, 1, 2, 3] = np.nan
     with pytest.raises(CalibrationError, match="window 1: 1 values are NaN"):
-        collect_ranges(model, ["image"], [bad], method="max", symmetric=False)
+        observed(model, images=[bad])
 
 
 def residual(path: Path) -> Path:

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from ptq3d.engines.base import EngineOptions, EngineSpec, LayerReport, Windows, require_windows
+from ptq3d.engines.base import EngineOptions, EngineSpec, LayerReport, Precision, Windows, require_windows
 from ptq3d.errors import EngineError, GraphError, OptionError, UnavailableError
 from ptq3d.graphs.files import load_graph, save_graph
 from ptq3d.graphs.passes import simplify, unsigned_activations
@@ -206,13 +206,14 @@ MACS: Mapping[str, Callable[[Any], int]] = {
 
 
 def tap(
-    onnx: Path, tensors: Sequence[str], windows: Iterable[Windows], *, threads: int = 0
+    onnx: Path, tensors: Sequence[str], windows: Iterable[Windows], *, precision: Precision = "fp32", threads: int = 0
 ) -> Iterator[dict[str, Windows]]:
-    """The FP32 values of inner tensors, window by window; what calibration watches.
+    """The values of inner tensors and outputs, window by window; what calibration watches.
 
     Args:
         onnx: an FP32 graph.
-        tensors: names of inner tensors of that graph.
+        tensors: names of tensors of that graph.
+        precision: of the arithmetic; the values are float32 whatever it is.
         windows: each (1, C, X, Y, Z) float32.
         threads: CPU threads, 0 for all.
 
@@ -229,11 +230,14 @@ def tap(
     with _engine_errors(f"OpenVINO cannot load {onnx}"):
         model = core.read_model(onnx)
     try:
-        model.add_outputs(list(tensors))
+        outputs = {name for output in model.outputs for name in output.get_names()}
+        model.add_outputs([name for name in tensors if name not in outputs])
     except RuntimeError as error:
         raise GraphError(f"{onnx}: a tensor to observe is missing ({error}).") from error
     with _engine_errors(f"OpenVINO cannot compile {onnx}"):
-        request = core.compile_model(model, "CPU", _settings(EngineOptions(threads=threads))).create_infer_request()
+        request = core.compile_model(
+            model, "CPU", _settings(EngineOptions("CPU", precision, threads))
+        ).create_infer_request()
     for window in windows:
         with _engine_errors("OpenVINO failed while it calibrated the network"):
             request.infer({0: np.ascontiguousarray(window)}, share_inputs=True)

@@ -256,6 +256,7 @@ OPERATORS: Mapping[str, Operator] = {
     "Sigmoid": lambda _, x: torch.sigmoid(x),
     "Slice": slice_,
     "Softmax": lambda at, x: torch.softmax(x, at.get("axis", -1)),
+    "Floor": lambda _, x: torch.floor(x),
     "Sqrt": lambda _, x: torch.sqrt(x),
     "Squeeze": squeeze,
     "Sub": lambda _, a, b: a - b,

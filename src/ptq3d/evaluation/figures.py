@@ -56,20 +56,56 @@ def draw_report(path: Path, bars: Sequence[Bar], shown: Slice, *, title: str) ->
     Raises:
         UnavailableError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot as plt
-    except ImportError as error:
-        raise UnavailableError(f"{error}; mend it with: pip install ptq3d[demo]") from error
+    plt = _pyplot()
     figure = plt.figure(figsize=(15, 5.6), dpi=110, layout="constrained")
     figure.suptitle(title)
     top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.35))
     _bars(top.subplots(1, 2), bars)
     _slices(bottom.subplots(1, len(shown.labels) + 2), shown)
+    _save(plt, figure, path)
+
+
+def draw_sensitivity(path: Path, layers: Sequence[tuple[str, float, int]]) -> None:
+    """Write a bar for each layer as PNG, in the order of the graph.
+
+    Args:
+        path: where to; written beside its place and renamed.
+        layers: (name, disagreement with only this layer in INT8, multiply-accumulates).
+
+    Raises:
+        UnavailableError: matplotlib is not installed.
+    """
+    plt = _pyplot()
+    whole = max(sum(macs for _, _, macs in layers), 1)
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(11, 1.2 + 0.28 * len(layers)), dpi=110, sharey=True, width_ratios=(3, 1), layout="constrained"
+    )
+    names = [name for name, _, _ in layers]
+    left.barh(names, [value for _, value, _ in layers], color="#e76f51")
+    left.set_title("disagreement with FP32, this layer alone in INT8", fontsize=10)
+    right.barh(names, [macs / whole for _, _, macs in layers], color="#6b7a8f")
+    right.set_title("share of multiplications", fontsize=10)
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+    left.invert_yaxis()
+    _save(plt, figure, path)
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise UnavailableError(f"{error}; mend it with: pip install ptq3d[demo]") from error
+    return pyplot
+
+
+def _save(plt: Any, figure: Any, path: Path) -> None:
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.part.png")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(temporary)
         os.replace(temporary, path)
     finally:

@@ -66,11 +66,27 @@ def fidelity(labels: NDArray[Any], reference: NDArray[Any], classes: int, *, min
         ShapeError: see `dice_per_class`.
         LabelError: see `dice_per_class`.
     """
+    kept = fidelity_per_class(labels, reference, classes, min_voxels=min_voxels)
+    return mean_dice(kept)
+
+
+def fidelity_per_class(
+    labels: NDArray[Any], reference: NDArray[Any], classes: int, *, min_voxels: int = MIN_VOXELS
+) -> NDArray[np.float64]:
+    """Dice of each foreground class against the FP32 labels; see `fidelity`.
+
+    Returns:
+        (K - 1,) float64 for classes 1..K - 1; NaN for a class of fewer than `min_voxels` voxels in `reference`.
+
+    Raises:
+        ShapeError: see `dice_per_class`.
+        LabelError: see `dice_per_class`.
+    """
     both, found, expected = _counts(labels, reference, classes)
-    large = np.flatnonzero(expected[1:] >= min_voxels) + 1
-    if not large.size:
-        return float("nan")
-    return float(np.mean(2.0 * both[large] / (found + expected)[large]))
+    kept = np.full(classes - 1, np.nan)
+    large = np.flatnonzero(expected[1:] >= min_voxels)
+    kept[large] = 2.0 * both[1:][large] / (found + expected)[1:][large]
+    return kept
 
 
 def _counts(first: NDArray[Any], second: NDArray[Any], classes: int) -> NDArray[np.int64]:

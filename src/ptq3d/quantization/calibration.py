@@ -13,14 +13,15 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from ptq3d.engines.base import Precision
 from ptq3d.engines.openvino import tap
 from ptq3d.errors import CalibrationError, FileError
 from ptq3d.graphs.files import image_input, save_graph
-from ptq3d.quantization.equalization import Extremes, first_extremes
-from ptq3d.quantization.observers import RANGE_METHODS, Range, Statistics
-from ptq3d.quantization.rounding import Gram
+from ptq3d.quantization.observation import Observations, Observer
+from ptq3d.quantization.planning import Placement
 
 Window = npt.NDArray[np.float32]
+OBSERVED: Precision = "bf16"  # ranges and moments need no more, and half the time where the processor has it
 
 
 @dataclass(frozen=True)
@@ -195,9 +196,14 @@ def require_finite(window: Window, *, where: str) -> None:
 
 
 def watch(
-    model: ir.Model, tensors: Sequence[str], windows: Iterable[Window], *, threads: int = 0
+    model: ir.Model,
+    tensors: Sequence[str],
+    windows: Iterable[Window],
+    *,
+    precision: Precision = "fp32",
+    threads: int = 0,
 ) -> Iterator[dict[str, Window]]:
-    """The FP32 values of tensors, window by window, the image input among them if wanted.
+    """The values of tensors, window by window, the image input among them if wanted.
 
     Raises:
         CalibrationError: a window holds NaN or infinite values.
@@ -215,68 +221,27 @@ def watch(
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "observed.onnx"
         save_graph(model, path)
-        for values in tap(path, inner, seen(), threads=threads):
+        for values in tap(path, inner, seen(), precision=precision, threads=threads):
             yield {**values, **current}
 
 
-def collect_extremes(
-    model: ir.Model, tensors: Sequence[str], windows: Iterable[Window], *, threads: int = 0
-) -> dict[str, Extremes]:
-    """Smallest and largest value of each channel of each tensor.
+def observe(
+    model: ir.Model, placement: Placement, windows: Iterable[Window], number: int, *, threads: int = 0, seed: int = 0
+) -> Observations:
+    """What the tensors and layers of a placement hold over all windows: one pass, in memory that does not grow with them.
 
     Args:
         model: the simplified FP32 graph.
-        tensors: names of tensors (n, C, ...).
+        placement: what will be quantized at most; later placements may keep more in floating point.
         windows: each (1, C, X, Y, Z) float32; read once.
+        number: how many they are.
         threads: CPU threads, 0 for all.
-
-    Raises:
-        CalibrationError: a window or a tensor holds NaN or infinite values.
-    """
-    found: dict[str, Extremes] = {}
-    for values in watch(model, tensors, windows, threads=threads):
-        for name in tensors:
-            found[name] = found.get(name, first_extremes(values[name].shape[1])).with_values(values[name])
-            if not np.isfinite([found[name].low, found[name].high]).all():
-                raise CalibrationError(
-                    f"tensor '{name}' holds NaN or infinite values: the FP32 network itself overflows there. Check the "
-                    f"intensity rule, or leave the layer in floating point with --keep."
-                )
-    return found
-
-
-def collect_ranges(
-    model: ir.Model,
-    tensors: Sequence[str],
-    windows: Iterable[Window],
-    *,
-    method: str,
-    symmetric: bool,
-    grams: Sequence[Gram] = (),
-    threads: int = 0,
-) -> dict[str, Range]:
-    """The range of each tensor over all windows, in one pass and in memory that does not grow with their number.
-
-    Args:
-        model: the simplified FP32 graph.
-        tensors: names of activation tensors, the image input among them if wanted.
-        windows: each (1, C, X, Y, Z) float32; read once.
-        method: a name of `RANGE_METHODS`.
-        symmetric: whether the ranges are for symmetric INT8.
-        grams: these see the inputs of their layers in the same pass.
-        threads: CPU threads, 0 for all.
-
-    Returns:
-        tensor name -> range.
+        seed: of the sampled positions.
 
     Raises:
         CalibrationError: a window or a tensor holds NaN or infinite values, or there is no window.
     """
-    watched = {name: Statistics(name, histogram=method != "max") for name in tensors}
-    sources = [str(gram.node.inputs[0].name) for gram in grams if gram.node.inputs[0] is not None]
-    for values in watch(model, [*tensors, *sources], windows, threads=threads):
-        for name in tensors:
-            watched[name].see(values[name])
-        for gram, source in zip(grams, sources, strict=True):
-            gram.see(values[source])
-    return {name: RANGE_METHODS[method](statistics, symmetric=symmetric) for name, statistics in watched.items()}
+    observer = Observer(model, placement, number, seed=seed)
+    for values in watch(model, observer.tensors, windows, precision=OBSERVED, threads=threads):
+        observer.see(values)
+    return observer.finish()

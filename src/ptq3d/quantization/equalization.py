@@ -8,7 +8,7 @@ any other activation function (ELU, GELU) it stays one multiplication, which run
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,33 +18,16 @@ import onnx_ir as ir
 from ptq3d.graphs.constants import add_constant, constant_of, set_constant
 from ptq3d.graphs.layers import groups, shape_of, weight_axis
 from ptq3d.graphs.passes import infer_shapes
+from ptq3d.quantization.observation import TensorSeen
 from ptq3d.quantization.planning import Placement
 
-STRENGTH = 0.5
+STRENGTH = 0.75
 TINY = 1e-9
 PASSES_CHANNELS = frozenset({"MaxPool", "Identity"})
 HOMOGENEOUS = frozenset(
     {"Relu", "LeakyRelu", "PRelu", "MaxPool", "AveragePool", "GlobalAveragePool", "Resize", "Identity", "Dropout"}
 )
 Floats = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Extremes:
-    """What each channel of a tensor spanned.
-
-    Args:
-        low: (C,) smallest value seen.
-        high: (C,) largest value seen.
-    """
-
-    low: Floats
-    high: Floats
-
-    def with_values(self, values: Floats) -> Extremes:
-        """Also of (n, C, ...) more values."""
-        others = (0, *range(2, values.ndim))
-        return Extremes(np.minimum(self.low, values.min(others)), np.maximum(self.high, values.max(others)))
 
 
 @dataclass(frozen=True)
@@ -56,50 +39,70 @@ class _Reader:
 
 
 def equalizable(model: ir.Model, placement: Placement) -> tuple[str, ...]:
-    """The tensors of a placement whose channels can be scaled: several channels, read by INT8 convolutions only.
+    """The tensors of a placement whose channels can be scaled: several channels, read by convolutions only.
 
     Args:
         model: the simplified FP32 graph that was placed.
         placement: from `planning.place`.
     """
     values = _values(model)
-    chosen = set(placement.layers)
     names = [name for group in placement.tensors for name in group]
-    return tuple(
-        name for name in names if shape_of(values[name])[1:2] > (1,) and _readers(values[name], chosen, 0) is not None
-    )
+    return tuple(name for name in names if shape_of(values[name])[1:2] > (1,) and _readers(values[name], 0) is not None)
+
+
+@dataclass(frozen=True)
+class Equalized:
+    """What `equalize` did, so that what was seen of the old tensors holds for the new ones.
+
+    Args:
+        tensors: name before -> (name now, (C,) factor of its channels).
+        layers: name of a convolution -> (C_in,) factor of its input channels.
+    """
+
+    tensors: Mapping[str, tuple[str, Floats]]
+    layers: Mapping[str, Floats]
 
 
 def equalize(
-    model: ir.Model, placement: Placement, extremes: Mapping[str, Extremes], *, strength: float = STRENGTH
-) -> ir.Model:
+    model: ir.Model, placement: Placement, seen: Mapping[str, TensorSeen], *, strength: float = STRENGTH
+) -> Equalized:
     """`model` with scaled channels, in place; place it anew, since some tensors have another name.
 
     Args:
         model: the simplified FP32 graph that was placed.
         placement: from `planning.place`.
-        extremes: of every tensor of `equalizable`.
+        seen: at least the tensors of `equalizable`.
         strength: 0 changes nothing, 1 gives every channel the whole range; between them weights and activations share the
             rounding error.
 
     Source: Nagel et al. 2019 (cross-layer equalization), with the activations' measured spans; SmoothQuant (Xiao et al. 2023)
         for the strength.
     """
-    chosen = set(placement.layers)
+    wanted = set(equalizable(model, placement))
+    tensors: dict[str, tuple[str, Floats]] = {}
+    layers: dict[str, Floats] = {}
     for group in placement.tensors:
-        names = [name for name in group if name in extremes]
+        names = [name for name in group if name in wanted]
         if not names:
             continue
         scales = _channel_scales(
-            np.concatenate([extremes[name].low for name in names]),
-            np.concatenate([extremes[name].high for name in names]),
-            np.concatenate([_importance(model, name, chosen) for name in names]),
+            np.concatenate([seen[name].low for name in names]),
+            np.concatenate([seen[name].high for name in names]),
+            np.concatenate([_importance(model, name) for name in names]),
         )
-        ends = np.cumsum([len(extremes[name].low) for name in names])
+        ends = np.cumsum([len(seen[name].low) for name in names])
         for name, piece in zip(names, np.split(scales**strength, ends[:-1]), strict=True):
-            _scale(model, name, piece.astype(np.float32), chosen)
+            factors = piece.astype(np.float32)
+            for reader in _readers(_values(model)[name], 0) or ():
+                inputs = layers.setdefault(str(reader.node.name), np.ones(_input_channels(reader.node), np.float32))
+                inputs[reader.first : reader.first + len(factors)] *= factors
+            tensors[name] = (_scale(model, name, factors), factors)
     infer_shapes(model)
-    return model
+    return Equalized(tensors, layers)
+
+
+def _input_channels(node: ir.Node) -> int:
+    return shape_of(node.inputs[0])[1]
 
 
 def _channel_scales(low: Floats, high: Floats, importance: Floats) -> npt.NDArray[np.float64]:
@@ -122,17 +125,17 @@ def _channel_scales(low: Floats, high: Floats, importance: Floats) -> npt.NDArra
     return np.where(alive, scales / middle, 1.0)
 
 
-def _importance(model: ir.Model, name: str, chosen: set[str]) -> Floats:
+def _importance(model: ir.Model, name: str) -> Floats:
     """(C,) sum of squares of the weights that read each channel."""
     value = _values(model)[name]
     total = np.zeros(shape_of(value)[1], np.float32)
-    for reader in _readers(value, chosen, 0) or ():
+    for reader in _readers(value, 0) or ():
         weight = _input_channels_first(reader.node, constant_of(reader.node.inputs[1]))
         total += (weight[reader.first : reader.first + len(total)] ** 2).reshape(len(total), -1).sum(1)
     return total
 
 
-def _readers(value: ir.Value, chosen: set[str], first: int) -> list[_Reader] | None:
+def _readers(value: ir.Value, first: int) -> list[_Reader] | None:
     """The convolutions that read `value`, straight or through concats; None where anything else does."""
     found: list[_Reader] = []
     uses = list(value.uses())
@@ -140,10 +143,10 @@ def _readers(value: ir.Value, chosen: set[str], first: int) -> list[_Reader] | N
         further: list[_Reader] | None = None
         if node.op_type == "Concat" and _is_channel_concat(node):
             offset = first + sum(shape_of(piece)[1] for piece in node.inputs[:index])
-            further = _readers(node.outputs[0], chosen, offset)
+            further = _readers(node.outputs[0], offset)
         elif node.op_type in PASSES_CHANNELS:
-            further = _readers(node.outputs[0], chosen, first)
-        elif _is_plain_convolution(node) and node.name in chosen and index == 0:
+            further = _readers(node.outputs[0], first)
+        elif _is_plain_convolution(node) and index == 0:
             further = [_Reader(node, first)]
         if further is None:
             return None
@@ -163,21 +166,23 @@ def _is_constant(value: ir.Value | None) -> bool:
     return value is not None and value.const_value is not None
 
 
-def _scale(model: ir.Model, name: str, scales: Floats, chosen: set[str]) -> None:
+def _scale(model: ir.Model, name: str, scales: Floats) -> str:
+    """Scale the channels of a tensor; the name of the tensor that holds them now."""
     value = _values(model)[name]
-    for reader in _readers(value, chosen, 0) or ():
+    for reader in _readers(value, 0) or ():
         weight = constant_of(reader.node.inputs[1]).copy()
         view = _input_channels_first(reader.node, weight)
         view[reader.first : reader.first + len(scales)] /= scales.reshape(-1, *[1] * (weight.ndim - 1))
         set_constant(model, reader.node, 1, weight, suffix="equalized")
     source = _absorbing_producer(value)
     if source is None:
-        _insert_multiplication(model, value, scales)
-    elif source.op_type == "InstanceNormalization":
+        return _insert_multiplication(model, value, scales)
+    if source.op_type == "InstanceNormalization":
         for index in (1, 2):
             set_constant(model, source, index, constant_of(source.inputs[index]) * scales, suffix="equalized")
     else:
         _scale_outputs(model, source, scales)
+    return name
 
 
 def _input_channels_first(node: ir.Node, weight: Floats) -> Floats:
@@ -209,7 +214,7 @@ def _scale_outputs(model: ir.Model, node: ir.Node, scales: Floats) -> None:
         set_constant(model, node, 2, constant_of(node.inputs[2]) * scales, suffix="equalized")
 
 
-def _insert_multiplication(model: ir.Model, value: ir.Value, scales: Floats) -> None:
+def _insert_multiplication(model: ir.Model, value: ir.Value, scales: Floats) -> str:
     shape = (1, -1, *[1] * (len(shape_of(value)) - 2))
     factor = add_constant(model, f"{value.name}/channel_scales", scales.reshape(shape))
     uses = list(value.uses())
@@ -222,13 +227,9 @@ def _insert_multiplication(model: ir.Model, value: ir.Value, scales: Floats) -> 
         model.graph.insert_after(producer, [product])
     for node, index in uses:
         node.replace_input_with(index, product.outputs[0])
+    return str(product.outputs[0].name)
 
 
 def _values(model: ir.Model) -> dict[str, ir.Value]:
     values: Iterable[ir.Value] = [*model.graph.inputs, *(output for node in model.graph for output in node.outputs)]
     return {str(value.name): value for value in values}
-
-
-def first_extremes(channels: Sequence[int] | int) -> Extremes:
-    """Of no value yet."""
-    return Extremes(np.full(channels, np.inf, np.float32), np.full(channels, -np.inf, np.float32))

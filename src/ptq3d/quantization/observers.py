@@ -62,6 +62,10 @@ class Statistics:
                 bins = flat[start : start + CHUNK].view(np.uint32) >> DROPPED_BITS
                 self.counts += np.bincount(bins, minlength=BINS)
 
+    def see_extremes(self, low: float, high: float) -> None:
+        """Take in only the smallest and largest of more values."""
+        self.low, self.high = min(self.low, low), max(self.high, high)
+
     def require_finite(self) -> None:
         """Raise where no range can be drawn.
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
 from ptq3d.errors import GraphError
-from ptq3d.graphs.constants import add_constant
-from ptq3d.graphs.layers import layers
+from ptq3d.graphs.constants import add_constant, constant_of
+from ptq3d.graphs.layers import layers, shape_of
 from ptq3d.graphs.passes import infer_shapes, insert_behind, is_quantized
 from ptq3d.int8 import Scale
 from ptq3d.quantization.planning import Plan, reads_int8
 from ptq3d.quantization.reading import integer_layers as integer_layers
 from ptq3d.quantization.reading import integers_of
 from ptq3d.quantization.reading import read as read
+from ptq3d.quantization.targets import TARGETS
 
 
 def write(model: ir.Model, plan: Plan) -> ir.Model:
@@ -35,6 +37,9 @@ def write(model: ir.Model, plan: Plan) -> ir.Model:
         raise GraphError("the graph holds Q/DQ nodes already. Quantize the FP32 file, or deploy this one as it is.")
     for name in plan.activations:
         _quantize_activation(model, name, plan)
+    if plan.target in TARGETS and TARGETS[plan.target].channel_steps:
+        for node in list(model.graph):
+            _fold_channel_scales(model, node)
     done: set[str] = set()
     for node in list(model.graph):
         if node.name in plan.layers:
@@ -60,6 +65,35 @@ def _quantize_activation(model: ir.Model, name: str, plan: Plan) -> None:
     insert_behind(model, value, [quantized, dequantized])
     for node, index in readers:
         node.replace_input_with(index, dequantized.outputs[0])
+
+
+def _fold_channel_scales(model: ir.Model, quantize: ir.Node) -> None:
+    """x * s quantized with one step is x quantized with a step for each channel: the multiplication goes away."""
+    product = quantize.inputs[0].producer() if quantize.op_type == "QuantizeLinear" and quantize.inputs[0] else None
+    if product is None or product.op_type != "Mul" or len(list(product.outputs[0].uses())) > 1:
+        return
+    factors = product.inputs[1]
+    if factors is None or factors.const_value is None or product.outputs[0].is_graph_output():
+        return
+    values = constant_of(factors)
+    shape = shape_of(product.outputs[0])
+    per_channel = len(shape) > 2 and values.shape == (1, shape[1], *[1] * (len(shape) - 2)) and values.size > 1
+    if not per_channel or shape_of(product.inputs[0]) != shape or not (values > 0).all():
+        return
+    step, zero_point = quantize.inputs[1], quantize.inputs[2] if len(quantize.inputs) > 2 else None
+    steps = add_constant(model, f"{quantize.name}/channel_steps", constant_of(step) / values.reshape(-1))
+    inputs = [product.inputs[0], steps]
+    if zero_point is not None and zero_point.const_value is not None:
+        repeated = np.broadcast_to(zero_point.const_value.numpy(), (values.size,))
+        inputs.append(add_constant(model, f"{quantize.name}/channel_zero_points", repeated))
+    folded = ir.node("QuantizeLinear", inputs, {"axis": 1}, name=f"{quantize.name}/channels")
+    folded.outputs[0].name = f"{quantize.outputs[0].name}/channels"
+    model.graph.insert_before(quantize, folded)
+    for node, index in list(quantize.outputs[0].uses()):
+        node.replace_input_with(index, folded.outputs[0])
+    model.graph.remove([quantize, product], safe=True)
+    if not list(factors.uses()):
+        del model.graph.initializers[str(factors.name)]
 
 
 def _quantize_weight(model: ir.Model, node: ir.Node, plan: Plan, done: set[str]) -> None:

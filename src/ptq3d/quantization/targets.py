@@ -29,6 +29,8 @@ class Target:
         fused: operators that run as one with the one in front of them: only the output of the last is quantized.
         residual: the other branch of an Add behind an INT8 layer is quantized too.
         direct: layers must read a DequantizeLinear itself: concats and moves in front of them are quantized behind, too.
+        channel_steps: QuantizeLinear may have a step for each channel where DequantizeLinear has one: channel scales are free.
+        second_terms: a sensitive layer may read what its input's rounding leaves as further channels.
     """
 
     name: str
@@ -39,6 +41,8 @@ class Target:
     fused: frozenset[str] = frozenset()
     residual: bool = False
     direct: bool = False
+    channel_steps: bool = False
+    second_terms: bool = False
 
 
 TARGETS: Mapping[str, Target] = {
@@ -49,6 +53,8 @@ TARGETS: Mapping[str, Target] = {
             frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"}),
             False,
             "x86 multiplies u8 activations with s8 weights (VNNI); concat and pooling stay in u8 where scales are equal",
+            channel_steps=True,
+            second_terms=True,
         ),
         Target(
             "tensorrt",

@@ -1,0 +1,95 @@
+"""From an FP32 graph and what calibration saw of it to a Q/DQ graph: the steps in their order, each of which can be left out."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import onnx_ir as ir
+
+from ptq3d.quantization import equalization, planning, qdq, rounding, second_terms, smoothing
+from ptq3d.quantization.observation import Observations
+from ptq3d.quantization.targets import get_target
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The user's whole choice of quantization; all else follows from graph, data and target.
+
+    Args:
+        target: the runtime to place Q/DQ for.
+        calibration_method: how a range is drawn from what was seen.
+        equalize: scale channels so that all use the 8 bits.
+        second_terms: the share of the network's work that may be spent on its most sensitive layers; 0 for none.
+        rounding: "gptq" or "nearest".
+        keep: glob patterns of layers that stay in floating point.
+    """
+
+    target: str = "openvino"
+    calibration_method: str = "mse"
+    equalize: bool = True
+    second_terms: float = second_terms.COST
+    rounding: str = "gptq"
+    keep: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What `quantize_graph` made.
+
+    Args:
+        model: the Q/DQ graph.
+        plan: that it was written from.
+        kept: layers in floating point, with the reason.
+        split: layers that read two terms.
+        int8_mac_share: of the multiplications of this graph, 0..1, as planned.
+    """
+
+    model: ir.Model
+    plan: planning.Plan
+    kept: Mapping[str, str]
+    split: tuple[str, ...]
+    int8_mac_share: float
+
+
+def quantize_graph(model: ir.Model, seen: Observations, recipe: Recipe) -> Quantized:
+    """`model` as a Q/DQ graph, by a recipe.
+
+    Args:
+        model: a simplified FP32 graph; it is left as it is.
+        seen: what `calibration.observe` saw of it, without any `keep`.
+        recipe: what to do.
+
+    Raises:
+        OptionError: a pattern matches no layer, or no layer is left.
+    """
+    model, target = model.clone(), get_target(recipe.target)
+    if recipe.equalize:
+        done = equalization.equalize(model, planning.place(model, target), seen.tensors)
+        seen = seen.scaled(done.tensors, done.layers)
+        smoothed = smoothing.smooth(model, planning.place(model, target), seen.tensors)
+        seen = seen.scaled(smoothed.tensors, smoothed.layers)
+    placement = planning.place(model, target, keep=recipe.keep)
+    ranges = seen.ranges(placement, method=recipe.calibration_method, symmetric=target.symmetric)
+    plan = planning.plan(model, placement, ranges, target)
+    kept, mended = dict(placement.kept), second_terms.Mended()
+    if recipe.second_terms and target.second_terms:
+        found = second_terms.noises(model, plan, seen)
+        mended = second_terms.choose(found, model, cost=recipe.second_terms)
+        kept |= {layer.layer: "too sensitive for 8 bits, and thin" for layer in mended.floating}
+        scales = second_terms.split(model, mended.split, seen, symmetric=target.symmetric)
+        seen = second_terms.split_rows(seen, mended.split, scales)
+        placement = planning.place(model, target, keep=tuple(glob.escape(name) for name in kept))
+        plan = planning.plan(model, placement, {**ranges, **second_terms.ranges_of(scales)}, target)
+        plan = replace(plan, activations={**plan.activations, **scales})
+    if recipe.rounding == "gptq":
+        rounding.round_weights(model, plan, seen.layers)
+    share = planning.int8_mac_share(model, plan)
+    split = tuple(layer.layer for layer in mended.split)
+    return Quantized(qdq.write(model, plan), plan, kept, split, share)

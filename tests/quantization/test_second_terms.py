@@ -159,7 +159,7 @@ def noisy_layers(draw: st.DrawFn) -> list[Noise]:
         Noise(
             f"layer{i}",
             f"tensor{i}",
-            draw(st.floats(0, 1)),
+            draw(st.floats(1e-6, 1)),
             int(draw(share) * MACS),
             int(draw(share) * WEIGHTS) + 1,
             draw(share) * WORK,

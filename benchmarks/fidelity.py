@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import sys
 import tempfile
 import time
@@ -28,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ptq3d.compare import peak_memory_bytes
 from ptq3d.engines import load_backend
 from ptq3d.engines.base import Engine, EngineOptions, int8_mac_share
 from ptq3d.evaluation.metrics import fidelity
@@ -354,7 +354,7 @@ def run(subject: Subject, scratch: Path, *, budget: bool) -> list[Row]:
 def modelopt(shared: Path, scratch: Path) -> list[Row]:
     """ModelOpt's file of OBELISK fold 2 as it is and retargeted, on OpenVINO, against the same file in ONNX Runtime and FP32."""
     from ptq3d.options import QuantizeOptions
-    from ptq3d.pipeline import quantize
+    from ptq3d.quantizing import quantize
 
     subject, rows = obelisk(shared, 2), []
     path = shared / "weights/obelisk_unet/fold2.modelopt-int8.onnx"
@@ -406,7 +406,7 @@ def _calibrate_in_process(onnx: Path, window: np.ndarray, number: int) -> int:
     model = simplify(load_graph(onnx))
     placement = planning.place(model, get_target("openvino"))
     calibration.observe(model, placement, (window * np.float32(1 + index / 100) for index in range(number)), number)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_memory_bytes()
 
 
 def show(rows: Sequence[Row]) -> None:
@@ -420,7 +420,8 @@ def show(rows: Sequence[Row]) -> None:
         times = (1 - row.fidelity) / bf16[row.network] if bf16.get(row.network) else float("nan")
         print(
             f"{row.network:20} {row.quantizer:12} {row.recipe:24} {row.fidelity:9.4f} {worst:7.4f} {times:7.1f} {row.int8_mac_share:6.3f} "
-            f"{row.window_latency_ms:8.1f} {row.size_bytes / 1e6:7.2f} {row.quantize_seconds:7.1f}  {row.note}"
+            f"{row.window_latency_ms:8.1f} {row.size_bytes / 1e6:7.2f} {row.quantize_seconds:7.1f}  {row.note}",
+            flush=True,
         )
 
 
@@ -451,20 +452,21 @@ def main() -> None:
             continue
         with tempfile.TemporaryDirectory() as scratch:
             subject = makers[name]()
-            rows += run(subject, Path(scratch), budget=not options.no_budget)
+            found = run(subject, Path(scratch), budget=not options.no_budget)
             if name == "obelisk-fold2":
-                rows += modelopt(options.shared, Path(scratch))
+                found += modelopt(options.shared, Path(scratch))
                 if options.memory:
                     peaks = {str(number): memory(subject, number) for number in (4, 64)}
                     print("peak bytes of calibration by windows:", peaks)
-    show(rows)
-    report = {
-        "rows": [asdict(row) for row in rows],
-        "calibration_peak_bytes": peaks,
-        "machine": machine(),
-        "command": sys.argv,
-    }
-    options.report.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        show(found)
+        rows += found
+        report = {
+            "rows": [asdict(row) for row in rows],
+            "calibration_peak_bytes": peaks,
+            "machine": machine(),
+            "command": sys.argv,
+        }
+        options.report.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def machine() -> dict[str, object]:

@@ -23,8 +23,9 @@ from ptq3d.options import (
     QuantizeOptions,
     TrainOptions,
 )
-from ptq3d.pipeline import calibrate, export, quantize, train
+from ptq3d.pipeline import calibrate, export, train
 from ptq3d.progress import bar
+from ptq3d.quantizing import quantize
 from ptq3d.volumes.files import load_image, load_labels
 from ptq3d.volumes.resample import reorient
 from ptq3d.volumes.volume import Volume

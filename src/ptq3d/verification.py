@@ -7,47 +7,38 @@ import logging
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ptq3d.datasets.folders import Case, find_cases
-from ptq3d.engines import BACKENDS, get_backend
-from ptq3d.engines.base import Engine, EngineOptions, int8_mac_share
+from ptq3d.engines import BACKENDS
 from ptq3d.errors import BudgetError, OptionError
-from ptq3d.evaluation.certificate import certificate
-from ptq3d.evaluation.metrics import dice_per_class, fidelity, fidelity_per_class, mean_dice
-from ptq3d.graphs.files import save_graph
-from ptq3d.graphs.layers import layers
+from ptq3d.evaluation.figures import draw_sensitivity, require_matplotlib
+from ptq3d.judging import Judge, preprocessing_of_cases
 from ptq3d.manifest import sha256, write_text
 from ptq3d.options import QuantizeOptions, SensitivityOptions
-from ptq3d.pipeline import Calibrated, Written, check_modelopt_flags, observed, recipe_of, write_quantized
-from ptq3d.pipeline import quantize as quantize_plainly
-from ptq3d.predict import predict_labels, true_classes, truth_map
+from ptq3d.pipeline import Written
+from ptq3d.predict import truth_map
 from ptq3d.progress import bar
-from ptq3d.quantization.budget import Search, Sensitivity, Trial, by_worth, guard, keeping, search
-from ptq3d.quantization.calibration import draw_windows
-from ptq3d.quantization.quantizer import Quantized, Recipe, quantize_graph
-from ptq3d.volumes.files import load_image, load_labels
-from ptq3d.volumes.preprocessing import Preprocessing
+from ptq3d.quantization.budget import Search, Sensitivity, by_worth, guard, keeping, search
+from ptq3d.quantization.quantizer import Quantized, Recipe
+from ptq3d.quantizing import Calibrated, check_modelopt_flags, observed, recipe_of, write_quantized
+from ptq3d.quantizing import quantize as quantize_plainly
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
+    pass
 
 log = logging.getLogger("ptq3d")
-WINDOWS = 4  # of all validation cases together; whole cases are judged once, at the end
-ROUNDS = 7  # timed windows of each of two engines in turn
-Labels = np.ndarray
+ATTEMPTS = 3  # searches, each with less to spend on windows, until whole cases keep the budget
 
 
 def quantize(options: QuantizeOptions) -> Written:
     """FP32 ONNX -> Q/DQ ONNX; with validation data also the evidence, with a budget the recipe that keeps it.
 
     Raises:
-        BudgetError: no recipe keeps the budget; the message names the worst layers. Nothing is written but the report.
+        BudgetError: no recipe that was tried keeps the budget; the message names the worst layers. Nothing is written but
+            `<output>.sensitivity.json`.
         OptionError: a budget or labels without validation data, calibration data among it.
         InputError: see `pipeline.quantize`.
     """
@@ -55,18 +46,45 @@ def quantize(options: QuantizeOptions) -> Written:
     _check_validation(options)
     if options.retarget is not None or (options.validation_data is None and not options.guard):
         return quantize_plainly(options)
+    cases = _cases(options)
     found = observed(options)
-    recipe, evidence = recipe_of(options), dict[str, Any]()
-    with _judge(options, found) as judge:
+    recipe, evidence, why = recipe_of(options), dict[str, Any](), dict[str, str]()
+    with _judge(options, found, cases) as judge:
         if options.guard:
             recipe, evidence["guard"] = _guarded(judge, recipe, quiet=options.quiet)
-        if options.budget is not None:
-            recipe, evidence["search"] = _within(options, judge, recipe)
-        made = judge.made(recipe)
-        if options.validation_data is not None:
-            evidence |= judge.certify(made, quiet=options.quiet)
-            _require_budget(options, evidence)
+            why |= _left(recipe, recipe_of(options), "slower in INT8, says --guard")
+        if options.validation_data is None:
+            made = judge.made(recipe)
+        else:
+            guarded = recipe
+            recipe, made, more = _judged(options, judge, recipe)
+            evidence |= more
+            why |= _left(recipe, guarded, "too sensitive for the budget")
+    made = replace(made, kept={name: why.get(name, reason) for name, reason in made.kept.items()})
     return write_quantized(options, found, recipe, made, evidence)
+
+
+def _left(recipe: Recipe, before: Recipe, reason: str) -> dict[str, str]:
+    """Layers that a search made leave INT8, with the reason."""
+    names = recipe.keep[len(before.keep) :]
+    return {name.replace("[[]", "["): reason for name in names}
+
+
+def _judged(options: QuantizeOptions, judge: Judge, start: Recipe) -> tuple[Recipe, Quantized, dict[str, Any]]:
+    """The recipe that keeps the budget on whole cases; windows guide the search, with less to spend where they flatter."""
+    target, recipe = options.budget, start
+    for _ in range(ATTEMPTS):
+        evidence = dict[str, Any]()
+        if target is not None:
+            recipe, evidence["search"] = _within(options, judge, start, target)
+        made = judge.made(recipe)
+        evidence |= judge.certify(made, quiet=options.quiet)
+        lost = _lost(evidence["validation"])
+        if options.budget is None or target is None or lost <= options.budget:
+            return recipe, made, evidence
+        log.info("whole cases disagree by %.4f with this recipe; searching again with less to spend", lost)
+        target *= 0.8 * options.budget / lost
+    raise BudgetError(_sorry(options.budget or 0.0, lost, judge.measured))
 
 
 def sensitivity(options: SensitivityOptions) -> tuple[Sensitivity, ...]:
@@ -78,8 +96,11 @@ def sensitivity(options: SensitivityOptions) -> tuple[Sensitivity, ...]:
     if options.validation_data is None:
         raise OptionError("--validation-data is missing: volumes on which the answers are compared.")
     _check_validation(options)
+    if options.figure is not None:
+        require_matplotlib()
+    cases = _cases(options)
     found = observed(options)
-    with _judge(options, found) as judge:
+    with _judge(options, found, cases) as judge:
         measured = _sensitivities(judge, recipe_of(options), quiet=options.quiet)
     if options.figure is not None:
         _draw(options.figure, measured)
@@ -91,176 +112,41 @@ def _check_validation(options: QuantizeOptions) -> None:
         raise OptionError(
             "--budget and --validation-labels need --validation-data: volumes that were not calibrated on."
         )
+    if options.retarget is not None and (options.guard or options.validation_data is not None):
+        raise OptionError(
+            "--retarget keeps the file's own scales and measures nothing: leave out --guard, --budget and --validation-data, "
+            "or quantize the FP32 file."
+        )
+    if options.guard and options.target not in BACKENDS:
+        raise OptionError(f"--guard times the engine of the target, and ptq3d runs none for '{options.target}' here.")
     if options.budget is not None and not 0 < options.budget < 1:
         raise OptionError(f"--budget {options.budget}: a disagreement between 0 and 1 is wanted, e.g. 0.005.")
 
 
-@dataclass(frozen=True)
-class _Window:
-    """One validation window with what FP32 answers, and the truth where it is known."""
-
-    values: np.ndarray
-    reference: Labels
-    truth: Labels | None
-
-
-class Judge:
-    """Builds engines of recipes and compares their labels with those of the FP32 engine.
-
-    Args:
-        found: the calibrated FP32 graph.
-        target: the runtime the graphs are written for; its own engine judges where it is here, else ONNX Runtime's.
-        cases: to validate on.
-        scratch: a folder for engines.
-    """
-
-    def __init__(self, found: Calibrated, target: str, cases: Sequence[Case], scratch: Path) -> None:
-        self._found, self._cases, self._scratch = found, cases, scratch
-        self._backend = get_backend(target if target in BACKENDS else "onnxruntime")
-        self._number = 0
-        self._made: dict[Recipe, Quantized] = {}
-        self._engines: dict[Recipe, Path] = {}
-        self._windows: tuple[_Window, ...] = ()
-
-    @property
-    def macs(self) -> dict[str, int]:
-        """Multiplying layer -> its multiplications."""
-        return {layer.name: layer.macs for layer in layers(self._found.model)}
-
-    def made(self, recipe: Recipe) -> Quantized:
-        """The graph of a recipe."""
-        if recipe not in self._made:
-            self._made = {recipe: quantize_graph(self._found.model, self._found.seen, recipe)}
-        return self._made[recipe]
-
-    @contextmanager
-    def _engine(self, model: ir.Model) -> Iterator[Engine]:
-        self._number += 1
-        folder = self._scratch / f"engine-{self._number}"
-        folder.mkdir()
-        save_graph(model, folder / "network.onnx")
-        self._backend.build(folder / "network.onnx", folder)
-        with self._backend.open(folder, EngineOptions()) as engine:
-            yield engine
-
-    def __call__(self, recipe: Recipe) -> Trial:
-        """What a recipe is worth on the validation windows, its engine built."""
-        if not self._windows:
-            self._windows = tuple(self._reference_windows())
-        with self._engine(self.made(recipe).model) as engine:
-            found = [engine(window.values)[0].argmax(0) for window in self._windows]
-            share = int8_mac_share(engine.layers())
-        return Trial(self._disagreement(found), share)
-
-    def _disagreement(self, found: Sequence[Labels]) -> float:
-        classes = self._found.manifest.classes
-        reference = np.stack([window.reference for window in self._windows])
-        truths = [window.truth for window in self._windows if window.truth is not None]
-        if len(truths) == len(found):
-            truth = np.stack(truths)
-            before = mean_dice(dice_per_class(reference, truth, classes))
-            return before - mean_dice(dice_per_class(np.stack(found), truth, classes))
-        kept = fidelity(np.stack(found), reference, classes)
-        if np.isnan(kept):
-            raise OptionError(
-                "no class fills 1000 voxels of the validation windows in FP32, so they say nothing. Give other volumes."
-            )
-        return 1 - kept
-
-    def _reference_windows(self) -> Iterator[_Window]:
-        prepared, window = _preprocessing(self._found), self._found.manifest.window
-        generator = np.random.default_rng(0)
-        label_map = truth_map(None, self._found.manifest)
-        with self._engine(self._found.model.clone()) as engine:
-            for case, number in _spread(self._cases, WINDOWS):
-                image = load_image(case.image)
-                ready = prepared.apply(image).data
-                truth = None
-                if case.label is not None:
-                    true_classes(case, image, label_map)
-                    truth = prepared.apply_labels(load_labels(case.label)).data.astype(np.float32)
-                stacked = ready if truth is None else np.concatenate([ready, truth])
-                seen = (ready[0] > ready[0].mean()) if truth is None else truth[0] > 0
-                for piece in draw_windows(stacked, window, number, foreground=seen, generator=generator):
-                    values = np.ascontiguousarray(piece[None, : len(ready)])
-                    labels = None if truth is None else piece[-1].astype(np.int64)
-                    yield _Window(values, engine(values)[0].argmax(0), labels)
-
-    def seconds_ratio(self, candidate: Recipe, current: Recipe) -> float:
-        """Median time of a window with one recipe over that with another, measured in turn."""
-        shape = (1, *(int(size) for size in self._input_shape()))
-        window = np.zeros(shape, np.float32)
-        with (
-            self._engine(self.made(candidate).model) as one,
-            self._engine(self.made(current).model) as other,
-        ):
-            taken = [[_seconds(engine, window) for engine in (one, other)] for _ in range(ROUNDS + 1)][1:]
-        return float(np.median([first / second for first, second in taken]))
-
-    def _input_shape(self) -> tuple[int, ...]:
-        shape = self._found.model.graph.inputs[0].shape
-        return tuple(size if isinstance(size, int) else 1 for size in shape)[1:] if shape is not None else ()
-
-    def certify(self, made: Quantized, *, quiet: bool) -> dict[str, Any]:
-        """Whole validation cases, FP32 and INT8: fidelity per class, the worst case, Dice where labels are given."""
-        manifest, prepared = self._found.manifest, _preprocessing(self._found)
-        label_map = truth_map(None, manifest)
-        kept, dice = [], []
-        with (
-            self._engine(self._found.model.clone()) as exact,
-            self._engine(made.model) as engine,
-            bar("Verify", quiet=quiet) as progress,
-        ):
-            for done, case in enumerate(self._cases, 1):
-                image = load_image(case.image)
-                answers = [predict_labels(image, one, manifest, prepared)[0].data[0] for one in (exact, engine)]
-                kept.append(fidelity_per_class(answers[1], answers[0], manifest.classes))
-                truth = true_classes(case, image, label_map)
-                if truth is not None:
-                    dice.append([mean_dice(dice_per_class(answer, truth, manifest.classes)) for answer in answers])
-                progress(done, len(self._cases))
-            share = int8_mac_share(engine.layers())
-        evidence = certificate([case.name for case in self._cases], manifest.labels[1:], np.asarray(kept))
-        evidence |= {"cases": {case.name: sha256(case.image) for case in self._cases}, "built_int8_mac_share": share}
-        if dice:
-            evidence["mean_dice"] = dict(zip(("fp32", "int8"), np.mean(dice, 0).tolist(), strict=True))
-        return {"validation": evidence}
-
-
-def _seconds(engine: Engine, window: np.ndarray) -> float:
-    start = perf_counter()
-    engine(window)
-    return perf_counter() - start
-
-
-def _preprocessing(found: Calibrated) -> Preprocessing:
-    if found.manifest.preprocessing is None:
-        raise OptionError("nothing says how to prepare the validation volumes. Give --preprocessing btcv | FILE.")
-    return found.manifest.preprocessing
-
-
-def _spread(cases: Sequence[Case], number: int) -> Iterator[tuple[Case, int]]:
-    """Cases, each with its number of windows: one each where there are more than windows."""
-    used = cases[:number]
-    for index, case in enumerate(used):
-        yield case, (number * (index + 1)) // len(used) - (number * index) // len(used)
+def _cases(options: QuantizeOptions) -> list[Case]:
+    """The validation cases."""
+    if options.validation_data is None:
+        return []
+    wanted = options.validation_labels is not None
+    return find_cases(options.validation_data, options.validation_labels, required_labels=wanted)
 
 
 @contextmanager
-def _judge(options: QuantizeOptions, found: Calibrated) -> Iterator[Judge]:
-    cases: list[Case] = []
-    if options.validation_data is not None:
-        cases = find_cases(
-            options.validation_data, options.validation_labels, required_labels=options.validation_labels is not None
-        )
+def _judge(options: QuantizeOptions, found: Calibrated, cases: list[Case]) -> Iterator[Judge]:
+    if cases:
+        _ = preprocessing_of_cases(found)
         used = set(found.cases.values())
+        if not used:
+            log.warning(
+                "the calibration file does not say its cases: nobody checked that the validation volumes are others."
+            )
         shared = [case.name for case in cases if sha256(case.image) in used]
         if shared:
             raise OptionError(
                 f"the validation case {shared[0]} was calibrated on, so it proves nothing. Give other volumes to --validation-data."
             )
     with tempfile.TemporaryDirectory() as scratch:
-        yield Judge(found, options.target, cases, Path(scratch))
+        yield Judge(found, options.target, cases, truth_map(options.label_map, found.manifest), Path(scratch))
 
 
 def _guarded(judge: Judge, recipe: Recipe, *, quiet: bool) -> tuple[Recipe, dict[str, Any]]:
@@ -297,22 +183,20 @@ def _sensitivities(judge: Judge, recipe: Recipe, *, quiet: bool) -> tuple[Sensit
     return tuple(found)
 
 
-def _within(options: QuantizeOptions, judge: Judge, recipe: Recipe) -> tuple[Recipe, dict[str, Any]]:
-    """The recipe that keeps the budget on the validation windows, with the report of the search."""
-    budget = options.budget or 0.0
-    plain = judge(recipe)
-    measured = () if plain.disagreement <= budget else _sensitivities(judge, recipe, quiet=options.quiet)
-    order = by_worth(measured)
+def _within(options: QuantizeOptions, judge: Judge, recipe: Recipe, budget: float) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe that keeps the budget on the validation windows, with what to say of the search."""
+    if not judge.measured and judge(recipe).disagreement > budget:
+        judge.measured = _sensitivities(judge, recipe, quiet=options.quiet)
+    order = by_worth(judge.measured)
     with bar("Search", quiet=options.quiet) as progress:
         result = search(recipe, order, _counting(judge, progress, len(order).bit_length() + 3), budget)
-    report = _search_report(result, measured, budget)
     path = _beside(options, "sensitivity.json")
-    write_text(path, json.dumps(report, indent=1) + "\n")
+    write_text(path, json.dumps(_search_report(result, judge.measured, budget), indent=1) + "\n")
     log.info("%s: layer sensitivities and every step of the search", path)
     if not result.met:
         best = min(step.trial.disagreement for step in result.steps)
-        raise BudgetError(_sorry(budget, best, measured))
-    return result.recipe, report
+        raise BudgetError(_sorry(budget, best, judge.measured))
+    return result.recipe, {"budget": options.budget, "windows_budget": budget, "engines_built": len(result.steps)}
 
 
 def _search_report(result: Search, measured: Sequence[Sensitivity], budget: float) -> dict[str, Any]:
@@ -334,25 +218,26 @@ def _sorry(budget: float, best: float, measured: Sequence[Sensitivity]) -> str:
     worst = sorted(measured, key=lambda one: one.disagreement, reverse=True)[:3]
     names = ", ".join(f"{one.layer} ({one.disagreement:.4f} alone)" for one in worst)
     return (
-        f"no recipe keeps the budget of {budget}: the best disagrees by {best:.4f}. The worst layers are {names or 'unknown'}. "
+        f"no recipe that was tried keeps the budget of {budget:.5g}: the best disagrees by {best:.4f}. "
+        f"The worst layers are {names or 'unknown'}. "
         "Calibrate on more and more varied volumes, or allow a larger --budget."
     )
 
 
-def _require_budget(options: QuantizeOptions, evidence: dict[str, Any]) -> None:
-    """The whole cases must keep it too, on the engine that was built."""
-    found = evidence["validation"]
-    if options.budget is None or found["fidelity"] is None:
-        return
-    lost = 1 - found["fidelity"]["mean"]
+def _lost(found: dict[str, Any]) -> float:
+    """The loss of mean Dice where labels were given, else 1 - fidelity.
+
+    Raises:
+        OptionError: the validation cases say neither.
+    """
     if "mean_dice" in found:
-        lost = found["mean_dice"]["fp32"] - found["mean_dice"]["int8"]
-    if lost > options.budget:
-        measured = [Sensitivity(**one) for one in evidence["search"]["sensitivity"]]
-        raise BudgetError(_sorry(options.budget, lost, measured))
+        return float(found["mean_dice"]["fp32"] - found["mean_dice"]["int8"])
+    if found["fidelity"] is None:
+        raise OptionError(
+            "no class fills 1000 voxels of a validation case in FP32, so the cases say nothing. Give others to --validation-data."
+        )
+    return float(1 - found["fidelity"]["mean"])
 
 
 def _draw(path: Path, measured: Sequence[Sensitivity]) -> None:
-    from ptq3d.evaluation.figures import draw_sensitivity
-
     draw_sensitivity(path, [(one.layer, one.disagreement, one.macs) for one in measured])

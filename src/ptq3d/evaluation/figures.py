@@ -91,6 +91,15 @@ def draw_sensitivity(path: Path, layers: Sequence[tuple[str, float, int]]) -> No
     _save(plt, figure, path)
 
 
+def require_matplotlib() -> None:
+    """Say early that no picture can be drawn.
+
+    Raises:
+        UnavailableError: matplotlib is not installed.
+    """
+    _pyplot()
+
+
 def _pyplot() -> Any:
     try:
         import matplotlib

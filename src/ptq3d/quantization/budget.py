@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ptq3d.quantization.quantizer import Recipe
+from ptq3d.quantization.targets import get_target
 
 TERMS = (0.3, 0.6)  # second terms cost time but keep layers in INT8, so more of them are tried first
 FASTER = 0.98  # a layer leaves INT8 for speed if the engine then takes at most this much of its time
@@ -112,7 +113,8 @@ def search(start: Recipe, order: Sequence[str], judge: Judge, budget: float) -> 
 
     if enough(start, (), "the plain recipe"):
         return Search(start, True, tuple(steps))
-    for terms in TERMS if start.second_terms else ():
+    splits = get_target(start.target).second_terms and start.second_terms > 0
+    for terms in [terms for terms in TERMS if splits and terms > start.second_terms]:
         if enough(replace(start, second_terms=terms), (), "more second terms"):
             return Search(replace(start, second_terms=terms), True, tuple(steps))
     best = min(steps, key=lambda step: step.trial.disagreement)

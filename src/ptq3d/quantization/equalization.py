@@ -47,7 +47,29 @@ def equalizable(model: ir.Model, placement: Placement) -> tuple[str, ...]:
     """
     values = _values(model)
     names = [name for group in placement.tensors for name in group]
-    return tuple(name for name in names if shape_of(values[name])[1:2] > (1,) and _readers(values[name], 0) is not None)
+    return tuple(
+        name
+        for name in names
+        if shape_of(values[name])[1:2] > (1,)
+        and _readers(values[name], 0) is not None
+        and not _others_scaled(values[name]) & set(names)
+    )
+
+
+def _others_scaled(value: ir.Value) -> set[str]:
+    """Further tensors that scaling `value` scales: up to the layer that takes the factors, and down to the readers."""
+    found: set[str] = set()
+    producer = value.producer() if _absorbing_producer(value) is not None else None
+    while producer is not None and producer.op_type in HOMOGENEOUS and producer.inputs[0] is not None:
+        found.add(str(producer.inputs[0].name))
+        producer = producer.inputs[0].producer()
+    waiting = [value]
+    while waiting:
+        for node, _ in waiting.pop().uses():
+            if node.op_type == "Concat" or node.op_type in PASSES_CHANNELS:
+                found.add(str(node.outputs[0].name))
+                waiting.append(node.outputs[0])
+    return found
 
 
 @dataclass(frozen=True)

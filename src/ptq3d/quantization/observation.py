@@ -18,7 +18,7 @@ from ptq3d.errors import CalibrationError
 from ptq3d.graphs.layers import WEIGHT_AXIS
 from ptq3d.quantization.observers import RANGE_METHODS, Range, Statistics
 from ptq3d.quantization.planning import Placement
-from ptq3d.quantization.rows import Gram, has_rows
+from ptq3d.quantization.rows import Gram, has_rows, pieces
 
 VALUES = 1 << 20  # sampled values of a tensor, all windows together
 POSITIONS = 1 << 15  # sampled positions of a tensor, all windows together
@@ -29,10 +29,10 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class TensorSeen:
-    """What was seen of a tensor (1, C, X, Y, Z), or (..., C) where it is no volume.
+    """What was seen of a tensor (N, C, ...), or (..., C) where a product reads it or LayerNormalization makes it.
 
     Args:
-        low: (C,) float32, smallest value of each channel.
+        low: (C,) float32, smallest value of each channel, as BF16 arithmetic gives it.
         high: (C,) float32, largest.
         values: (n, C) float32, the tensor at n sampled positions.
     """
@@ -65,7 +65,7 @@ class Observations:
             for name, seen in self.tensors.items()
         }
         grams = {name: gram.scaled(layers[name]) if name in layers else gram for name, gram in self.layers.items()}
-        return Observations(renamed, grams)
+        return Observations({**self.tensors, **renamed}, grams)  # an inserted factor leaves the tensor itself as it was
 
     def ranges(self, placement: Placement, *, method: str, symmetric: bool) -> dict[str, Range]:
         """Tensor -> range; the inputs of one concat share theirs.
@@ -106,6 +106,7 @@ class Observer:
         nodes = [node for node in model.graph if node.op_type in WEIGHT_AXIS and node.name in chosen and has_rows(node)]
         self._grams = {str(node.name): Gram.empty(node, self._windows) for node in nodes}
         self._seen: dict[str, list[TensorSeen]] = {name: [] for name in self._names}
+        self._features_last, self._channels_first = _features_last(model), _channels_first(model)
 
     @property
     def tensors(self) -> list[str]:
@@ -129,8 +130,9 @@ class Observer:
             gram.see([values[name] for name in gram.sources], places.draw)
 
     def _tensor(self, name: str, values: Floats, places: _Places) -> TensorSeen:
-        is_volume = values.ndim == 5 and len(values) == 1
-        rows = values.reshape(values.shape[1], -1).T if is_volume else values.reshape(-1, values.shape[-1])
+        features_last = name in self._features_last or (values.ndim != 5 and name not in self._channels_first)
+        is_volume = values.ndim == 5 and len(values) == 1 and not features_last
+        rows = _rows(values, features_last=features_last)
         low, high = rows.min(0), rows.max(0)
         if not (np.isfinite(low).all() and np.isfinite(high).all()):
             bad = int(values.size - np.isfinite(values).sum())
@@ -138,7 +140,7 @@ class Observer:
                 f"tensor '{name}' has no finite range: {bad} of {values.size} values of a window are NaN or infinite. The FP32 "
                 f"network itself overflows there: check the intensity rule, or leave the layer in floating point with --keep."
             )
-        number = max(min(POSITIONS, VALUES // rows.shape[1]) // self._windows, 64)
+        number = max(min(POSITIONS, VALUES // rows.shape[1]) // self._windows, 1)
         if is_volume:
             drawn = np.ravel_multi_index(tuple(places.draw(values.shape[2:], number)), values.shape[2:])
         else:
@@ -162,6 +164,33 @@ class Observer:
             for name, pieces in self._seen.items()
         }
         return Observations(tensors, dict(self._grams))
+
+
+def _features_last(model: ir.Model) -> set[str]:
+    """Tensors whose last axis counts features: products read it, LayerNormalization makes it."""
+    read = {
+        str(node.inputs[0].name)
+        for node in model.graph
+        if node.op_type in ("MatMul", "Gemm") and node.inputs[0] is not None
+    }
+    return read | {str(node.outputs[0].name) for node in model.graph if node.op_type == "LayerNormalization"}
+
+
+def _channels_first(model: ir.Model) -> set[str]:
+    """Tensors that convolutions read, straight or through concats."""
+    convolutions = [node for node in model.graph if node.op_type in ("Conv", "ConvTranspose")]
+    return {name for node in convolutions for name in pieces(node.inputs[0])}
+
+
+def _rows(values: Floats, *, features_last: bool) -> Floats:
+    """(positions, channels), a view where it can be one."""
+    if features_last:
+        return values.reshape(-1, values.shape[-1] if values.ndim else 1)
+    return (
+        np.moveaxis(values, 1, -1).reshape(-1, values.shape[1])
+        if len(values) > 1
+        else values.reshape(values.shape[1], -1).T
+    )
 
 
 class _Places:

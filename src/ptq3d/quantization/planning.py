@@ -135,10 +135,11 @@ def _residual_uses(model: ir.Model, chosen: Collection[str]) -> dict[Use, ir.Val
     for node in model.graph:
         if node.op_type != "Add":
             continue
-        weighted = [(producer := _producer(value)) is not None and producer.name in chosen for value in node.inputs]
-        branch = 1 if weighted[0] else 0
-        value = node.inputs[branch]
-        if any(weighted) and value is not None and any(_sources(value)):
+        producers = [_producer(value) for value in node.inputs]
+        weighted = [producer is not None and producer.op_type in WEIGHT_AXIS for producer in producers]
+        branch = 1 if weighted[0] else 0  # whatever is kept, so that no placement needs more tensors than the whole one
+        layer, value = producers[1 - branch], node.inputs[branch]
+        if layer is not None and layer.name in chosen and value is not None and any(_sources(value)):
             found[str(node.name), branch] = value
     return found
 

@@ -81,7 +81,7 @@ def quantize_graph(model: ir.Model, seen: Observations, recipe: Recipe) -> Quant
     kept, mended = dict(placement.kept), second_terms.Mended()
     if recipe.second_terms and target.second_terms:
         found = second_terms.noises(model, plan, seen)
-        mended = second_terms.choose(found, model, cost=recipe.second_terms)
+        mended = second_terms.choose(found, model, cost=recipe.second_terms, integers=len(plan.layers))
         kept |= {layer.layer: "too sensitive for 8 bits, and thin" for layer in mended.floating}
         scales = second_terms.split(model, mended.split, seen, symmetric=target.symmetric)
         seen = second_terms.split_rows(seen, mended.split, scales)

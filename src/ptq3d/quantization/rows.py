@@ -62,16 +62,16 @@ class Gram:
     @property
     def sources(self) -> tuple[str, ...]:
         """The tensors that, one behind the other along the channels, are the layer's input."""
-        return (
-            tuple(_pieces(self.node.inputs[0])) if self.node.op_type == "Conv" else tuple(_whole(self.node.inputs[0]))
-        )
+        return tuple(pieces(self.node.inputs[0])) if self.node.op_type == "Conv" else tuple(_whole(self.node.inputs[0]))
 
     def see(self, values: Sequence[Floats], draw: Draw) -> None:
         """Take in the layer's FP32 input of one window, as its `sources`."""
         rows = _rows(self.node, values, self.rows, draw)
         self.number += len(rows)
         self.total += rows.sum(0, dtype=np.float64)
-        self.sample.append(rows[:: max(1, len(rows) // self.kept)])
+        kept = sum(len(some) for some in self.sample)
+        if kept < KEPT:
+            self.sample.append(rows[:: max(1, len(rows) // self.kept)][: KEPT - kept])
         for block, moment in zip(self.blocks, self.moments, strict=True):
             moment += rows[:, block].T @ rows[:, block]
 
@@ -101,11 +101,12 @@ def _whole(value: ir.Value | None) -> Iterable[str]:
         yield str(value.name)
 
 
-def _pieces(value: ir.Value | None) -> Iterable[str]:
+def pieces(value: ir.Value | None) -> Iterable[str]:
+    """The tensors that `value` is a concatenation of, along its channels; itself where it is none."""
     producer = None if value is None else value.producer()
     if producer is not None and producer.op_type == "Concat" and producer.attributes["axis"].as_int() == 1:
         for piece in producer.inputs:
-            yield from _pieces(piece)
+            yield from pieces(piece)
     else:
         yield from _whole(value)
 
@@ -137,11 +138,11 @@ def weights_of(node: ir.Node, matrix: Floats, shape: tuple[int, ...]) -> Floats:
     return np.moveaxis(matrix.reshape(shape[axis], *(size for i, size in enumerate(shape) if i != axis)), 0, axis)
 
 
-def _rows(node: ir.Node, pieces: Sequence[Floats], number: int, draw: Draw) -> Floats:
+def _rows(node: ir.Node, parts: Sequence[Floats], number: int, draw: Draw) -> Floats:
     if node.op_type == "Conv":
         places = draw(shape_of(node.outputs[0])[2:], number)
-        return np.concatenate([_patches(node, piece, places) for piece in pieces], 1)
-    values = pieces[0]
+        return np.concatenate([_patches(node, piece, places) for piece in parts], 1)
+    values = parts[0]
     if node.op_type == "ConvTranspose":
         sizes = values.shape[2:]
         flat = np.ravel_multi_index(tuple(draw(sizes, number)), sizes)

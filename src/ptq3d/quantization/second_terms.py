@@ -132,7 +132,7 @@ def work(model: ir.Model) -> float:
     return sum(layer.macs for layer in layers(model)) + WORK_PER_VALUE * values
 
 
-def choose(found: Sequence[Noise], model: ir.Model, *, cost: float = COST) -> Mended:
+def choose(found: Sequence[Noise], model: ir.Model, *, cost: float = COST, integers: int | None = None) -> Mended:
     """The layers where most noise goes away for the price, each in the cheaper of the two ways.
 
     The price is a share of what may be spent: of work, and of bytes in proportion (a second term adds one a weight,
@@ -142,7 +142,9 @@ def choose(found: Sequence[Noise], model: ir.Model, *, cost: float = COST) -> Me
         found: from `noises`.
         model: the graph they were found in.
         cost: the share of its work that may be added.
+        integers: how many layers are INT8, of which at least one stays; default: those of `found`.
     """
+    integers = len(found) if integers is None else integers
     if cost <= 0:
         return Mended()
     least = NEEDED * sum(layer.noise for layer in found)
@@ -154,6 +156,7 @@ def choose(found: Sequence[Noise], model: ir.Model, *, cost: float = COST) -> Me
     floating: list[Noise] = []
     for layer, (two_terms, floats) in sorted(options, key=lambda one: one[0].noise / min(one[1].sum(1)), reverse=True):
         leaves = floats.sum() < FLOAT_WORTH * two_terms.sum() and layer.macs <= float_left
+        leaves = leaves and len(floating) + 1 < integers
         price = floats if leaves else two_terms
         if (price > left).any() or remaining <= ENOUGH:
             continue

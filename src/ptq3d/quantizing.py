@@ -1,0 +1,238 @@
+"""FP32 ONNX -> Q/DQ ONNX by a recipe; anyone's Q/DQ file for another runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ptq3d.datasets.folders import find_cases
+from ptq3d.errors import GraphError, OptionError
+from ptq3d.graphs.files import load_graph, resize_window, save_graph, static_input_shape
+from ptq3d.graphs.layers import shape_of
+from ptq3d.graphs.passes import is_quantized, simplify
+from ptq3d.int8 import LIMITS, Scale
+from ptq3d.manifest import Manifest, embed, embedded, sha256
+from ptq3d.options import QuantizeOptions
+from ptq3d.pipeline import Written, case_windows, class_names, preprocessing_of
+from ptq3d.progress import Progress, bar
+from ptq3d.quantization import calibration, planning, qdq, retargeting
+from ptq3d.quantization.observation import Observations
+from ptq3d.quantization.quantizer import Quantized, Recipe, quantize_graph
+from ptq3d.quantization.targets import Target, get_target
+from ptq3d.version import __version__
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """An FP32 graph with all that is needed to quantize it, again and again by different recipes.
+
+    Args:
+        model: the simplified FP32 graph.
+        manifest: of its network.
+        seen: what calibration saw.
+        cases: calibration case -> SHA-256; empty where a file of windows was given.
+        windows: how many were seen.
+    """
+
+    model: ir.Model
+    manifest: Manifest
+    seen: Observations
+    cases: Mapping[str, str]
+    windows: int
+
+
+def observed(options: QuantizeOptions) -> Calibrated:
+    """The FP32 graph of `options`, with what one pass over the calibration windows saw of it.
+
+    Raises:
+        GraphError: the graph is quantized already, dynamic, or invalid.
+        CalibrationError: windows of another shape, NaN or infinite values.
+    """
+    model, manifest = _prepared_graph(options)
+    windows, cases, total = _windows_for(options, model, manifest)
+    placement = planning.place(model, get_target(options.target))
+    with bar("Calibrate", quiet=options.quiet) as progress:
+        seen = calibration.observe(model, placement, _counted(windows, total, progress), total)
+    return Calibrated(model, manifest, seen, cases, total)
+
+
+def quantize(options: QuantizeOptions) -> Written:
+    """FP32 ONNX -> Q/DQ ONNX: ranges from calibration, scales and placement for a target, weights stored as INT8.
+
+    Raises:
+        GraphError: the graph is quantized already, dynamic, or invalid.
+        CalibrationError: windows of another shape, NaN or infinite values.
+        OptionError: a mode or type that is not written here.
+    """
+    check_modelopt_flags(options)
+    if options.retarget is not None:
+        return _retargeted(options, get_target(options.retarget))
+    recipe = recipe_of(options)
+    found = observed(options)
+    return write_quantized(options, found, recipe, quantize_graph(found.model, found.seen, recipe))
+
+
+def write_quantized(
+    options: QuantizeOptions,
+    found: Calibrated,
+    recipe: Recipe,
+    made: Quantized,
+    evidence: Mapping[str, Any] | None = None,
+) -> Written:
+    """Write a Q/DQ graph with its certificate: what was done to it, and what is known of its answers.
+
+    Args:
+        options: say where to.
+        found: what it was made from.
+        recipe: that it was made by.
+        made: the graph.
+        evidence: what verification found, JSON-able.
+    """
+    facts = {
+        "ptq3d": __version__,
+        **recipe.to_dict(),
+        "calibration_cases": dict(found.cases),
+        "calibration_windows": found.windows,
+        "int8_layers": list(made.plan.layers),
+        "two_term_layers": list(made.split),
+        "float_layers": dict(made.kept),
+        "int8_mac_share": made.int8_mac_share,
+        "ranges": {name: _real_range(scale) for name, scale in made.plan.activations.items()},
+        **(evidence or {}),
+    }
+    source = {options.onnx_path.name: sha256(options.onnx_path)}
+    embed(made.model, replace(found.manifest, quantization=facts, source=source))
+    output = options.output_path or options.onnx_path.with_name(f"{options.onnx_path.stem}_int8.onnx")
+    save_graph(made.model, output)
+    return Written(output, output.stat().st_size, {**facts, "fp32_size_bytes": options.onnx_path.stat().st_size})
+
+
+def _real_range(scale: Scale) -> list[float]:
+    """[low, high] that a scale of one step covers, in the tensor's own unit."""
+    lowest, highest = LIMITS[scale.dtype]
+    zero_point, step = int(scale.zero_point), float(scale.step)
+    return [(lowest - zero_point) * step, (highest - zero_point) * step]
+
+
+def recipe_of(options: QuantizeOptions) -> Recipe:
+    """The recipe that the options describe."""
+    return Recipe(
+        target=options.target,
+        calibration_method=options.calibration_method,
+        equalize=options.equalize,
+        second_terms=options.second_terms,
+        rounding=options.rounding,
+        keep=tuple(options.keep),
+    )
+
+
+def _counted(windows: Iterable[np.ndarray], total: int, progress: Progress) -> Iterator[np.ndarray]:
+    for done, window in enumerate(islice(windows, total), 1):
+        yield window
+        progress(done, total)
+
+
+def _retargeted(options: QuantizeOptions, target: Target) -> Written:
+    """A Q/DQ file of anyone's -> one for `target`, with its own scales."""
+    if options.calibration_data is not None:
+        raise OptionError(
+            "--retarget keeps the scales that the file has, --calibration-data makes new ones: give one of them. "
+            "New scales need the FP32 file."
+        )
+    if options.target not in (QuantizeOptions.target, target.name):
+        raise OptionError(
+            f"--target {options.target} and --retarget {target.name} name two runtimes. Give one of them."
+        )
+    model = load_graph(options.onnx_path)
+    if not is_quantized(model):
+        raise GraphError(f"{options.onnx_path} holds no Q/DQ to retarget. Quantize it with --calibration-data.")
+    model, manifest = _described(options, model)
+    model, foreign = qdq.read(model)
+    result = retargeting.retarget(model, foreign, target, keep=options.keep)
+    digest = {options.onnx_path.name: sha256(options.onnx_path)}
+    recipe = {
+        "ptq3d": __version__,
+        "target": target.name,
+        "retargeted_from": digest,
+        "int8_layers": list(result.plan.layers),
+        "float_layers": dict(result.kept),
+        "int8_mac_share": planning.int8_mac_share(model, result.plan),
+        "rescaled_tensors": list(result.rescaled),
+        "dropped_tensors": list(result.dropped),
+    }
+    embed(qdq.write(model, result.plan), replace(manifest, quantization=recipe, source=digest))
+    output = options.output_path or options.onnx_path.with_name(f"{options.onnx_path.stem}_{target.name}.onnx")
+    save_graph(model, output)
+    return Written(output, output.stat().st_size, {**recipe, "source_size_bytes": options.onnx_path.stat().st_size})
+
+
+def check_modelopt_flags(options: QuantizeOptions) -> None:
+    """Refuse what ModelOpt's command line offers and ptq3d does not write.
+
+    Raises:
+        OptionError: naming the flag.
+    """
+    if options.quantize_mode != "int8":
+        raise OptionError(f"--quantize-mode {options.quantize_mode}: ptq3d writes int8 only.")
+    if options.high_precision_dtype != "fp32":
+        raise OptionError(
+            f"--high-precision-dtype {options.high_precision_dtype}: the floating-point rest is written as fp32. "
+            "Choose its arithmetic when it runs: ptq3d deploy --precision bf16."
+        )
+
+
+def _prepared_graph(options: QuantizeOptions) -> tuple[ir.Model, Manifest]:
+    model = load_graph(options.onnx_path)
+    if is_quantized(model):
+        raise GraphError(
+            f"{options.onnx_path} is quantized already. Quantize its FP32 file, deploy it as it is, or write it for another "
+            "runtime with --retarget."
+        )
+    return _described(options, model)
+
+
+def _described(options: QuantizeOptions, model: ir.Model) -> tuple[ir.Model, Manifest]:
+    """The simplified graph and its manifest, with what the options say of it."""
+    manifest = embedded(model, where=options.onnx_path)
+    if options.window is not None:
+        resize_window(model, options.window)
+    shape = static_input_shape(model)
+    model = simplify(model)
+    classes = shape_of(model.graph.outputs[0])[1]
+    if manifest is None:
+        manifest = Manifest(labels=class_names(options.label_map, None, classes), window=shape[2:])
+    elif options.label_map is not None:
+        manifest = replace(manifest, labels=class_names(options.label_map, None, classes))
+    if options.preprocessing is not None:
+        manifest = replace(manifest, preprocessing=preprocessing_of(options.preprocessing))
+    return model, replace(manifest, window=shape[2:])
+
+
+def _windows_for(
+    options: QuantizeOptions, model: ir.Model, manifest: Manifest
+) -> tuple[Iterable[np.ndarray], dict[str, str], int]:
+    """(windows, cases they come from, their number); the cases of a folder are known once it was read."""
+    _, channels, *window = static_input_shape(model)
+    data = options.calibration_data
+    if data is None:
+        raise OptionError("--calibration-data is missing: windows or volumes to draw the ranges from.")
+    if data.is_dir() or data.name.endswith((".nii", ".nii.gz")):
+        if manifest.preprocessing is None:
+            raise OptionError(
+                "volumes are given, but nothing says how to prepare them. Give --preprocessing btcv | FILE."
+            )
+        hashes: dict[str, str] = {}
+        cases = find_cases(data)
+        size = (window[0], window[1], window[2])
+        prepared = manifest.preprocessing
+        drawn = case_windows(cases, prepared, size, options.number, seed=options.seed, hashes=hashes)
+        return drawn, hashes, options.number
+    found = calibration.open_windows(data, (channels, window[0], window[1], window[2]))
+    return found, dict(found.cases), found.number

@@ -316,11 +316,13 @@ def latencies(engines: Sequence[tuple[Path, str]], window: np.ndarray) -> list[f
     return [float(np.median(row[2:])) for row in taken]
 
 
-def run(subject: Subject, scratch: Path, *, budget: bool) -> list[Row]:
-    """All quantizers on one subject."""
+def run(subject: Subject, scratch: Path, *, budget: bool, recipes: Sequence[str] | None = None) -> list[Row]:
+    """All quantizers on one subject, or FP32 and the recipes of those names."""
     engines: list[tuple[str, str, Path, str, float, str]] = []
 
     def add(name: str, recipe: str, make: Callable[[Path], Path | tuple[Path, str]], precision: str = "fp32") -> None:
+        if recipes is not None and recipe not in ("fp32", *recipes):
+            return
         folder = scratch / f"{subject.name}-{len(engines)}"
         folder.mkdir(parents=True)
         start = time.perf_counter()
@@ -432,6 +434,7 @@ def main() -> None:
     parser.add_argument("--demo", type=Path, help="folder that `ptq3d demo` wrote")
     parser.add_argument("--report", type=Path, default=Path("fidelity.json"))
     parser.add_argument("--networks", nargs="*", default=NETWORKS)
+    parser.add_argument("--recipes", nargs="*", help="only these, e.g. bf16 default plain")
     parser.add_argument("--no-budget", action="store_true")
     parser.add_argument("--memory", action="store_true", help="also measure the peak memory of calibration")
     options = parser.parse_args()
@@ -452,7 +455,7 @@ def main() -> None:
             continue
         with tempfile.TemporaryDirectory() as scratch:
             subject = makers[name]()
-            found = run(subject, Path(scratch), budget=not options.no_budget)
+            found = run(subject, Path(scratch), budget=not options.no_budget, recipes=options.recipes)
             if name == "obelisk-fold2":
                 found += modelopt(options.shared, Path(scratch))
                 if options.memory:

@@ -20,13 +20,13 @@ from ptq3d.engines.base import Engine, EngineOptions, int8_mac_share
 from ptq3d.errors import OptionError
 from ptq3d.evaluation.certificate import certificate
 from ptq3d.evaluation.metrics import dice_per_class, fidelity, fidelity_per_class, mean_dice
-from ptq3d.graphs.files import save_graph
+from ptq3d.graphs.files import save_graph, static_input_shape
 from ptq3d.graphs.layers import layers
 from ptq3d.manifest import sha256
 from ptq3d.predict import predict_labels, true_classes
 from ptq3d.progress import bar
 from ptq3d.quantization.budget import Sensitivity, Trial
-from ptq3d.quantization.calibration import draw_windows
+from ptq3d.quantization.calibration import draw_windows, shares
 from ptq3d.quantization.quantizer import Quantized, Recipe, quantize_graph
 from ptq3d.quantizing import Calibrated
 from ptq3d.volumes.files import load_image
@@ -72,6 +72,7 @@ class Judge:
         if not self._own:
             log.warning("ptq3d has no engine for '%s'; its file is judged in ONNX Runtime.", target)
         self._made: dict[Recipe, Quantized] = {}
+        self._trials: dict[Recipe, Trial] = {}
         self.measured: tuple[Sensitivity, ...] = ()
         self._windows: tuple[_Window, ...] = ()
 
@@ -96,7 +97,12 @@ class Judge:
                 yield engine
 
     def __call__(self, recipe: Recipe) -> Trial:
-        """What a recipe is worth on the validation windows, its engine built."""
+        """What a recipe is worth on the validation windows; its engine is built the first time."""
+        if recipe not in self._trials:
+            self._trials[recipe] = self._trial(recipe)
+        return self._trials[recipe]
+
+    def _trial(self, recipe: Recipe) -> Trial:
         if not self._windows:
             self._windows = tuple(self._reference_windows())
         with self._engine(self.made(recipe).model) as engine:
@@ -122,8 +128,9 @@ class Judge:
     def _reference_windows(self) -> Iterator[_Window]:
         prepared, window = preprocessing_of_cases(self._found), self._found.manifest.window
         generator = np.random.default_rng(0)
+        cases = self._cases[:WINDOWS]
         with self._engine(self._found.model.clone()) as engine:
-            for case, number in _spread(self._cases, WINDOWS):
+            for case, number in zip(cases, shares(WINDOWS, len(cases)), strict=True):
                 image = load_image(case.image)
                 ready = prepared.apply(image).data
                 truth = None
@@ -140,18 +147,13 @@ class Judge:
 
     def seconds_ratio(self, candidate: Recipe, current: Recipe) -> float:
         """Median time of a window with one recipe over that with another, measured in turn."""
-        shape = (1, *(int(size) for size in self._input_shape()))
-        window = np.zeros(shape, np.float32)
+        window = np.zeros((1, *static_input_shape(self._found.model)[1:]), np.float32)
         with (
             self._engine(self.made(candidate).model) as one,
             self._engine(self.made(current).model) as other,
         ):
             taken = [[_seconds(engine, window) for engine in (one, other)] for _ in range(ROUNDS + 1)][1:]
         return float(np.median([first / second for first, second in taken]))
-
-    def _input_shape(self) -> tuple[int, ...]:
-        shape = self._found.model.graph.inputs[0].shape
-        return tuple(size if isinstance(size, int) else 1 for size in shape)[1:] if shape is not None else ()
 
     def certify(self, made: Quantized, *, quiet: bool) -> dict[str, Any]:
         """Whole validation cases, FP32 and INT8: fidelity per class, the worst case, Dice where labels are given."""
@@ -198,10 +200,3 @@ def preprocessing_of_cases(found: Calibrated) -> Preprocessing:
     if found.manifest.preprocessing is None:
         raise OptionError("nothing says how to prepare the validation volumes. Give --preprocessing btcv | FILE.")
     return found.manifest.preprocessing
-
-
-def _spread(cases: Sequence[Case], number: int) -> Iterator[tuple[Case, int]]:
-    """Cases, each with its number of windows: one each where there are more than windows."""
-    used = cases[:number]
-    for index, case in enumerate(used):
-        yield case, (number * (index + 1)) // len(used) - (number * index) // len(used)

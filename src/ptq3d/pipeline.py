@@ -224,8 +224,7 @@ def case_windows(
     generator = np.random.default_rng(seed)
     used = cases if len(cases) <= number else [cases[i] for i in sorted(generator.permutation(len(cases))[:number])]
     done = 0
-    for index, case in enumerate(used):
-        share = (number * (index + 1)) // len(used) - (number * index) // len(used)
+    for case, share in zip(used, calibration.shares(number, len(used)), strict=True):
         image = prepared.apply(load_image(case.image))
         if case.label is None:
             foreground = image.data[0] > image.data[0].mean()

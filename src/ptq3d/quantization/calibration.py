@@ -53,6 +53,11 @@ def _window_names(names: Iterable[str]) -> list[str]:
     return sorted(name for name in names if name.startswith("window"))
 
 
+def shares(number: int, cases: int) -> tuple[int, ...]:
+    """How many of `number` windows each of the cases gives: as evenly as whole numbers allow."""
+    return tuple(number * (index + 1) // cases - number * index // cases for index in range(cases))
+
+
 def draw_windows(
     image: Window,
     window: tuple[int, int, int],

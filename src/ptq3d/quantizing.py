@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -109,9 +110,16 @@ def write_quantized(
     }
     source = {options.onnx_path.name: sha256(options.onnx_path)}
     embed(made.model, replace(found.manifest, quantization=facts, source=source))
-    output = options.output_path or options.onnx_path.with_name(f"{options.onnx_path.stem}_int8.onnx")
+    output = output_of(options)
     save_graph(made.model, output)
     return Written(output, output.stat().st_size, {**facts, "fp32_size_bytes": options.onnx_path.stat().st_size})
+
+
+def output_of(options: QuantizeOptions) -> Path:
+    """The Q/DQ file to write: as asked for, else beside the ONNX file and named after it."""
+    return options.output_path or options.onnx_path.with_name(
+        f"{options.onnx_path.stem}_{options.retarget or 'int8'}.onnx"
+    )
 
 
 def _real_range(scale: Scale) -> list[float]:
@@ -168,7 +176,7 @@ def _retargeted(options: QuantizeOptions, target: Target) -> Written:
         "dropped_tensors": list(result.dropped),
     }
     embed(qdq.write(model, result.plan), replace(manifest, quantization=recipe, source=digest))
-    output = options.output_path or options.onnx_path.with_name(f"{options.onnx_path.stem}_{target.name}.onnx")
+    output = output_of(options)
     save_graph(model, output)
     return Written(output, output.stat().st_size, {**recipe, "source_size_bytes": options.onnx_path.stat().st_size})
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ptq3d.datasets.folders import Case, find_cases
 from ptq3d.engines import BACKENDS
@@ -21,13 +21,10 @@ from ptq3d.options import QuantizeOptions, SensitivityOptions
 from ptq3d.pipeline import Written
 from ptq3d.predict import truth_map
 from ptq3d.progress import bar
-from ptq3d.quantization.budget import Search, Sensitivity, by_worth, guard, keeping, search
+from ptq3d.quantization.budget import Search, Sensitivity, by_worth, guard, keeping, kept_since, search
 from ptq3d.quantization.quantizer import Quantized, Recipe
-from ptq3d.quantizing import Calibrated, check_modelopt_flags, observed, recipe_of, write_quantized
+from ptq3d.quantizing import Calibrated, check_modelopt_flags, observed, output_of, recipe_of, write_quantized
 from ptq3d.quantizing import quantize as quantize_plainly
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger("ptq3d")
 ATTEMPTS = 3  # searches, each with less to spend on windows, until whole cases keep the budget
@@ -40,7 +37,7 @@ def quantize(options: QuantizeOptions) -> Written:
         BudgetError: no recipe that was tried keeps the budget; the message names the worst layers. Nothing is written but
             `<output>.sensitivity.json`.
         OptionError: a budget or labels without validation data, calibration data among it.
-        InputError: see `pipeline.quantize`.
+        InputError: see `quantizing.quantize`.
     """
     check_modelopt_flags(options)
     _check_validation(options)
@@ -52,22 +49,16 @@ def quantize(options: QuantizeOptions) -> Written:
     with _judge(options, found, cases) as judge:
         if options.guard:
             recipe, evidence["guard"] = _guarded(judge, recipe, quiet=options.quiet)
-            why |= _left(recipe, recipe_of(options), "slower in INT8, says --guard")
+            why |= dict.fromkeys(kept_since(recipe_of(options), recipe, judge.macs), "slower in INT8, says --guard")
         if options.validation_data is None:
             made = judge.made(recipe)
         else:
             guarded = recipe
             recipe, made, more = _judged(options, judge, recipe)
             evidence |= more
-            why |= _left(recipe, guarded, "too sensitive for the budget")
+            why |= dict.fromkeys(kept_since(guarded, recipe, judge.macs), "too sensitive for the budget")
     made = replace(made, kept={name: why.get(name, reason) for name, reason in made.kept.items()})
     return write_quantized(options, found, recipe, made, evidence)
-
-
-def _left(recipe: Recipe, before: Recipe, reason: str) -> dict[str, str]:
-    """Layers that a search made leave INT8, with the reason."""
-    names = recipe.keep[len(before.keep) :]
-    return {name.replace("[[]", "["): reason for name in names}
 
 
 def _judged(options: QuantizeOptions, judge: Judge, start: Recipe) -> tuple[Recipe, Quantized, dict[str, Any]]:
@@ -190,7 +181,8 @@ def _within(options: QuantizeOptions, judge: Judge, recipe: Recipe, budget: floa
     order = by_worth(judge.measured)
     with bar("Search", quiet=options.quiet) as progress:
         result = search(recipe, order, _counting(judge, progress, len(order).bit_length() + 3), budget)
-    path = _beside(options, "sensitivity.json")
+    output = output_of(options)
+    path = output.with_name(f"{output.stem}.sensitivity.json")
     write_text(path, json.dumps(_search_report(result, judge.measured, budget), indent=1) + "\n")
     log.info("%s: layer sensitivities and every step of the search", path)
     if not result.met:
@@ -207,11 +199,6 @@ def _search_report(result: Search, measured: Sequence[Sensitivity], budget: floa
         "steps": [step.to_dict() for step in result.steps],
         "keep": list(result.recipe.keep),
     }
-
-
-def _beside(options: QuantizeOptions, name: str) -> Path:
-    output = options.output_path or options.onnx_path.with_name(f"{options.onnx_path.stem}_int8.onnx")
-    return output.with_name(f"{output.stem}.{name}")
 
 
 def _sorry(budget: float, best: float, measured: Sequence[Sensitivity]) -> str:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptq3d.quantization.budget import Search, Sensitivity, Trial, by_worth, guard, keeping, search
+from ptq3d.quantization.budget import Search, Sensitivity, Trial, by_worth, guard, keeping, kept_since, search
 from ptq3d.quantization.quantizer import Recipe
 
 NAMES = [f"layer{index}" for index in range(12)]
@@ -67,6 +67,15 @@ def test_where_nothing_is_enough_the_best_is_given_and_not_called_enough() -> No
 
 def test_names_with_brackets_are_names_not_patterns() -> None:
     assert keeping(Recipe(), ["conv[0]"]).keep == ("conv[[]0]",)
+
+
+def test_the_layers_that_a_search_kept_are_named_again() -> None:
+    names = ["conv[0]", "conv0", "a*", "ab", "c?", "cd", "[[]", "plain"]
+    before = Recipe(keep=("*d",))
+    for name in names:
+        assert kept_since(before, keeping(before, [name]), names) == (name,)
+    assert kept_since(before, keeping(keeping(before, ["ab"]), ["a*"]), names) == ("a*", "ab")
+    assert kept_since(before, before, names) == ()
 
 
 def test_a_layer_leaves_int8_only_where_the_engine_gets_faster() -> None:

@@ -6,8 +6,9 @@ Nothing here runs a network: what a recipe is worth is asked of a judge, which b
 from __future__ import annotations
 
 import glob
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 from ptq3d.quantization.quantizer import Recipe
@@ -143,6 +144,18 @@ def _best(start: Recipe, steps: Sequence[Step], budget: float) -> Search:
 def keeping(recipe: Recipe, floating: Sequence[str]) -> Recipe:
     """The recipe with further layers, by name, in floating point."""
     return replace(recipe, keep=(*recipe.keep, *(glob.escape(name) for name in floating)))
+
+
+def kept_since(before: Recipe, after: Recipe, layers: Iterable[str]) -> tuple[str, ...]:
+    """The layers that `keeping` added to a recipe: its patterns as names again.
+
+    Args:
+        before: the recipe that was given to `keeping`, once or again and again.
+        after: the recipe that came out.
+        layers: the names to choose from.
+    """
+    patterns = after.keep[len(before.keep) :]
+    return tuple(name for name in layers if any(fnmatchcase(name, pattern) for pattern in patterns))
 
 
 def guard(

@@ -261,20 +261,27 @@ class _Groups:
         return tuple(seen.values())
 
 
-def plan(model: ir.Model, placement: Placement, ranges: Mapping[str, Range], target: Target) -> Plan:
+def plan(
+    model: ir.Model,
+    placement: Placement,
+    ranges: Mapping[str, Range],
+    target: Target,
+    *,
+    given: Mapping[str, Scale] | None = None,
+) -> Plan:
     """Scales for a placement.
 
     Args:
         model: the graph that was placed.
         placement: from `place`.
-        ranges: one for each tensor of the placement.
+        ranges: one for each tensor of the placement without a given scale.
         target: the one that was placed for.
+        given: scales that are known already, for all tensors of a group or none.
     """
-    activations = {
-        name: scale
-        for group in placement.tensors
-        for name, scale in _group_scales(group, placement, ranges, target).items()
-    }
+    given, activations = given or {}, dict[str, Scale]()
+    for group in placement.tensors:
+        known = {name: given[name] for name in group if name in given}
+        activations |= known or _group_scales(group, placement, ranges, target)
     wanted = set(placement.layers)
     weights: dict[str, Scale] = {}
     for node in model.graph:

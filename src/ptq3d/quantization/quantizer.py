@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import onnx_ir as ir
@@ -86,8 +86,7 @@ def quantize_graph(model: ir.Model, seen: Observations, recipe: Recipe) -> Quant
         scales = second_terms.split(model, mended.split, seen, symmetric=target.symmetric)
         seen = second_terms.split_rows(seen, mended.split, scales)
         placement = planning.place(model, target, keep=tuple(glob.escape(name) for name in kept))
-        plan = planning.plan(model, placement, {**ranges, **second_terms.ranges_of(scales)}, target)
-        plan = replace(plan, activations={**plan.activations, **scales})
+        plan = planning.plan(model, placement, ranges, target, given=scales)
     if recipe.rounding == "gptq":
         rounding.round_weights(model, plan, seen.layers)
     share = planning.int8_mac_share(model, plan)

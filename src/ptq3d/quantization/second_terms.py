@@ -26,7 +26,6 @@ from ptq3d.graphs.layers import groups, layers, parameter_count, shape_of
 from ptq3d.graphs.passes import infer_shapes, insert_behind
 from ptq3d.int8 import Scale, dequantize, quantize, scale_of_range
 from ptq3d.quantization.observation import Observations, TensorSeen, widened
-from ptq3d.quantization.observers import Range
 from ptq3d.quantization.planning import Plan
 from ptq3d.quantization.rows import Gram, Matrix, matrix_of
 from ptq3d.quantization.targets import ACTIVATIONS
@@ -35,7 +34,7 @@ K = 16
 ROOM = 1.5  # the step may be coarse, so the range reaches further than what calibration saw
 COST = 0.12  # of the network's work, at most
 NEEDED = 0.002  # of the network's whole noise; a layer with less gains nothing worth its price
-ENOUGH = 0.01**2  # whole noise of a network that needs no mending: 0.1 % of its foreground moves, as in BF16
+ENOUGH = 0.01**2  # noise of all layers that may remain: that of one whose output errs by 1 % of its standard deviation
 FLOAT_WORTH = (
     2.0  # floating point takes the noise of the weights away, too: it may cost this much more than a second term
 )
@@ -264,14 +263,3 @@ def _two_terms(gram: Gram, step: float) -> Gram:
     total = np.concatenate([gram.total - gram.number * mean / K, gram.number * mean])
     sample = [np.concatenate([first, second], 1)]
     return replace(gram, blocks=blocks, moments=[*gram.moments, *moments], total=total, sample=sample)
-
-
-def ranges_of(scales: Mapping[str, Scale]) -> dict[str, Range]:
-    """The ranges that give those scales again."""
-    return {name: _range(scale) for name, scale in scales.items()}
-
-
-def _range(scale: Scale) -> Range:
-    ends = np.asarray([-127, 127] if scale.dtype == "int8" else [0, 255], np.int64) - int(scale.zero_point)
-    low, high = (ends * np.float64(scale.step)).tolist()
-    return Range(low, high)

@@ -223,6 +223,14 @@ def _why_float(node: ir.Node, target: Target, keep: Sequence[str]) -> str | None
     return None
 
 
+def pieces_of(value: ir.Value | None) -> Sequence[ir.Value | None]:
+    """The tensors that a concat or a mere move makes `value` of; none where anything else makes it."""
+    producer = _producer(value)
+    if producer is None or (producer.op_type != "Concat" and producer.op_type not in MOVES):
+        return ()
+    return producer.inputs if producer.op_type == "Concat" else producer.inputs[:1]
+
+
 def _sources(value: ir.Value | None, *, every: bool = False) -> Iterable[str]:
     """The tensors to quantize so that `value` is INT8: itself, or what a concat or a mere move makes it of.
 
@@ -230,12 +238,10 @@ def _sources(value: ir.Value | None, *, every: bool = False) -> Iterable[str]:
     """
     if value is None or value.const_value is not None:
         return
-    producer = value.producer()
-    through = producer is not None and (producer.op_type == "Concat" or producer.op_type in MOVES)
-    if producer is not None and through:
-        for piece in producer.inputs if producer.op_type == "Concat" else producer.inputs[:1]:
-            yield from _sources(piece, every=every)
-    if every or not through:
+    pieces = pieces_of(value)
+    for piece in pieces:
+        yield from _sources(piece, every=every)
+    if every or not pieces:
         yield str(value.name)
 
 

@@ -15,13 +15,13 @@ from ptq3d.graphs.constants import add_constant
 from ptq3d.graphs.layers import WEIGHT_AXIS, groups, shape_of, weight_axis, weight_value
 from ptq3d.graphs.passes import QDQ, infer_shapes, insert_behind
 from ptq3d.int8 import Floats, Scale, dequantize
-from ptq3d.quantization.planning import Plan, Use, reads_int8
-from ptq3d.quantization.targets import MOVES
+from ptq3d.quantization.planning import Plan, Use, pieces_of, reads_int8
 
 # what ONNX saturates to; a file may hold the -128 that LIMITS of ours leaves out
 ONNX_LIMITS = {"int8": (-128, 127), "uint8": (0, 255), "int32": (-(2**31), 2**31 - 1)}
 ONNX_TYPES = {ir.DataType.INT8: "int8", ir.DataType.UINT8: "uint8", ir.DataType.INT32: "int32"}
 INTEGER_OPERATORS = frozenset({"ConvInteger", "MatMulInteger", "DynamicQuantizeLinear"})
+Stored = tuple[npt.NDArray[np.generic], Scale]  # the integers of a constant, with their scale
 
 
 def read(model: ir.Model) -> tuple[ir.Model, Plan]:
@@ -74,14 +74,11 @@ def integer_layers(model: ir.Model) -> frozenset[str]:
 
 
 def _is_dequantized(value: ir.Value | None) -> bool:
+    pieces = pieces_of(value)
+    if pieces:
+        return all(_is_dequantized(piece) for piece in pieces)
     producer = None if value is None else value.producer()
-    if producer is None:
-        return False
-    if producer.op_type == "Concat":
-        return all(_is_dequantized(piece) for piece in producer.inputs)
-    if producer.op_type in MOVES:
-        return _is_dequantized(producer.inputs[0])
-    return producer.op_type == "DequantizeLinear"
+    return producer is not None and producer.op_type == "DequantizeLinear"
 
 
 def integers_of(values: Floats, scale: Scale) -> npt.NDArray[np.generic]:
@@ -124,6 +121,19 @@ def _pair(node: ir.Node) -> _Pair:
     if quantize is None and value.const_value is None:
         raise _refused(node, f"reads '{value.name}', which is neither stored nor made by QuantizeLinear")
     return _Pair(node, value, quantize, clip)
+
+
+def _pairs_of(quantize: ir.Node) -> list[_Pair]:
+    """All that dequantize the integers of a QuantizeLinear, behind a Clip if there is one."""
+    direct = [node for node, _ in quantize.outputs[0].uses()]
+    through = [node for clip in direct if clip.op_type == "Clip" for node, _ in clip.outputs[0].uses()]
+    readers = [node for node in direct if node.op_type != "Clip"] + through
+    for node in readers:
+        if node.op_type != "DequantizeLinear":
+            raise _refused(node, f"reads the integers of '{quantize.name}'; only Clip and DequantizeLinear may")
+    if not readers:
+        raise _refused(quantize, "is dequantized by nobody")
+    return [_pair(node) for node in readers]
 
 
 def _input(node: ir.Node, index: int) -> ir.Value:
@@ -177,20 +187,17 @@ def _limits(pair: _Pair, scale: Scale) -> tuple[int, int] | None:
     if pair.clip is None:
         return None
     full = ONNX_LIMITS[scale.dtype]
-    low, high = _constant(pair.clip, 1), _constant(pair.clip, 2)
-    kept = (max(full[0], _number(low, full[0])), min(full[1], _number(high, full[1])))
+    ends = (_constant(pair.clip, 1), _constant(pair.clip, 2))
+    low, high = (limit if end is None else int(end.item()) for end, limit in zip(ends, full, strict=True))
+    kept = (max(full[0], low), min(full[1], high))
     return None if kept == full else kept
 
 
-def _number(value: npt.NDArray[np.generic] | None, otherwise: int) -> int:
-    return otherwise if value is None else int(value.item())
-
-
-def _float_constants(model: ir.Model) -> dict[str, tuple[npt.NDArray[np.generic], Scale]]:
+def _float_constants(model: ir.Model) -> dict[str, Stored]:
     """Replace every dequantized constant by its FP32 values, in place; name -> (integers, scale)."""
     pairs = [_pair(node) for node in model.graph if node.op_type == "DequantizeLinear"]
     pairs = [pair for pair in pairs if pair.source.const_value is not None]
-    stored = [(pair, *_stored(pair)) for pair in pairs]
+    constants = [_stored(pair) for pair in pairs]
     uses = [list(pair.dequantize.outputs[0].uses()) for pair in pairs]
     for readers in uses:
         for node, index in readers:
@@ -199,18 +206,18 @@ def _float_constants(model: ir.Model) -> dict[str, tuple[npt.NDArray[np.generic]
     for pair in pairs:
         if not pair.source.uses():
             model.graph.initializers.pop(str(pair.source.name), None)
-    found: dict[str, tuple[npt.NDArray[np.generic], Scale]] = {}
-    for (pair, integers, scale), readers in zip(stored, uses, strict=True):
-        name = _free_name(model, pair, found, integers, scale)
+    found: dict[str, Stored] = {}
+    for pair, stored, readers in zip(pairs, constants, uses, strict=True):
+        name = _free_name(model, pair, found, stored)
         if name not in found:
-            add_constant(model, name, dequantize(integers, scale))  # type: ignore[arg-type]
-            found[name] = integers, scale
+            add_constant(model, name, dequantize(*stored))  # type: ignore[arg-type]
+            found[name] = stored
         for node, index in readers:
             node.replace_input_with(index, model.graph.initializers[name])
     return found
 
 
-def _stored(pair: _Pair) -> tuple[npt.NDArray[np.generic], Scale]:
+def _stored(pair: _Pair) -> Stored:
     scale = _scale_of(pair.dequantize)
     values = pair.source.const_value.numpy() if pair.source.const_value is not None else np.zeros(())
     if pair.quantize is None:
@@ -221,14 +228,9 @@ def _stored(pair: _Pair) -> tuple[npt.NDArray[np.generic], Scale]:
     return integers if limits is None else np.clip(integers, *limits), scale
 
 
-def _free_name(
-    model: ir.Model,
-    pair: _Pair,
-    found: Mapping[str, tuple[npt.NDArray[np.generic], Scale]],
-    integers: npt.NDArray[np.generic],
-    scale: Scale,
-) -> str:
+def _free_name(model: ir.Model, pair: _Pair, found: Mapping[str, Stored], stored: Stored) -> str:
     """The name of the weight: the stored one's without the "/q" of ours, or a new one where others still read that."""
+    integers, scale = stored
     for name in (str(pair.source.name).removesuffix("/q"), f"{pair.dequantize.name}/dequantized"):
         same = name in found and found[name][1].equals(scale) and np.array_equal(found[name][0], integers)
         if same or name not in model.graph.initializers:
@@ -253,18 +255,10 @@ class _Activations:
 
     def take(self, quantize: ir.Node) -> None:
         """Remove one QuantizeLinear and what dequantizes it."""
-        pairs = [self._pair_of(quantize, node) for node in _integer_readers(quantize)]
-        if not pairs:
-            raise _refused(quantize, "is dequantized by nobody")
+        pairs = _pairs_of(quantize)
         for pair in pairs:
-            value = self._planned(pair)
-            self._connect(pair, value)
+            self._connect(pair, self._planned(pair))
         _remove(self._model, (node for pair in pairs for node in pair.nodes))
-
-    def _pair_of(self, quantize: ir.Node, node: ir.Node) -> _Pair:
-        if node.op_type != "DequantizeLinear":
-            raise _refused(node, f"reads the integers of '{quantize.name}'; only Clip and DequantizeLinear may")
-        return _pair(node)
 
     def _planned(self, pair: _Pair) -> ir.Value:
         """The FP32 tensor that carries the scale of `pair`, with Clip, Mul or Identity in front where they are needed."""
@@ -341,22 +335,13 @@ def _flat(zero_point: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
     return zero_point.reshape(-1)[0] if np.all(zero_point == zero_point.reshape(-1)[0]) else zero_point
 
 
-def _integer_readers(quantize: ir.Node) -> list[ir.Node]:
-    """Who reads the integers of a QuantizeLinear, behind a Clip if there is one."""
-    direct = [node for node, _ in quantize.outputs[0].uses()]
-    through = [node for clip in direct if clip.op_type == "Clip" for node, _ in clip.outputs[0].uses()]
-    return [node for node in direct if node.op_type != "Clip"] + through
-
-
 def _require_none_left(model: ir.Model) -> None:
     for node in model.graph:
         if node.op_type in QDQ:
             raise _refused(node, "is no pair of QuantizeLinear and DequantizeLinear")
 
 
-def _can_sum(
-    node: ir.Node, weights: Mapping[str, tuple[npt.NDArray[np.generic], Scale]], scales: Mapping[str, Scale]
-) -> bool:
+def _can_sum(node: ir.Node, weights: Mapping[str, Stored], scales: Mapping[str, Scale]) -> bool:
     """Whether a layer's products share one step for each output channel, so that integers can be summed."""
     weight = weight_value(node)
     activations = node.inputs[:1] if weight is not None else node.inputs[:2]
@@ -372,19 +357,14 @@ def _can_sum(
 
 def _nearest(value: ir.Value | None, scales: Mapping[str, Scale]) -> Iterable[str]:
     """The quantized tensors that a layer's input is made of through concats and moves."""
-    if value is None:
-        return
-    producer = value.producer()
-    if value.name in scales:
+    if value is not None and value.name in scales:
         yield str(value.name)
-    elif producer is not None and producer.op_type == "Concat":
-        for piece in producer.inputs:
-            yield from _nearest(piece, scales)
-    elif producer is not None and producer.op_type in MOVES:
-        yield from _nearest(producer.inputs[0], scales)
+        return
+    for piece in pieces_of(value):
+        yield from _nearest(piece, scales)
 
 
-def _symmetric(node: ir.Node, weights: Mapping[str, tuple[npt.NDArray[np.generic], Scale]]) -> Scale:
+def _symmetric(node: ir.Node, weights: Mapping[str, Stored]) -> Scale:
     """The scale of a layer's weights as int8 with zero-point 0.
 
     Raises:

@@ -12,8 +12,8 @@ import onnx_ir as ir
 from ptq3d.errors import GraphError
 from ptq3d.graphs.layers import WEIGHT_AXIS, weight_value
 from ptq3d.int8 import Scale, scale_of_range
-from ptq3d.quantization.planning import Placement, Plan, place
-from ptq3d.quantization.targets import MOVES, Target
+from ptq3d.quantization.planning import Placement, Plan, pieces_of, place
+from ptq3d.quantization.targets import Target
 
 
 @dataclass(frozen=True)
@@ -90,12 +90,8 @@ def _follow(value: ir.Value | None, scale: Scale | None, foreign: Plan, found: d
     scale = scale or foreign.activations.get(str(value.name))
     if scale is not None and value.const_value is None:
         found.setdefault(str(value.name), []).append(scale)
-    producer = value.producer()
-    if producer is not None and producer.op_type == "Concat":
-        for piece in producer.inputs:
-            _follow(piece, scale, foreign, found)
-    elif producer is not None and producer.op_type in MOVES:
-        _follow(producer.inputs[0], scale, foreign, found)
+    for piece in pieces_of(value):
+        _follow(piece, scale, foreign, found)
 
 
 def _activations(placement: Placement, found: Mapping[str, list[Scale]], target: Target) -> dict[str, Scale]:

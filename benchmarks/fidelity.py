@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ptq3d.compare import peak_memory_bytes
+from ptq3d.memory import peak_memory_bytes
 from ptq3d.engines import load_backend
 from ptq3d.engines.base import Engine, EngineOptions, int8_mac_share
 from ptq3d.evaluation.metrics import fidelity

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from ptq3d.artefacts import build
     from ptq3d.compare import compare
     from ptq3d.demo import demo
+    from ptq3d.deployment import deploy
     from ptq3d.inspection import inspect
     from ptq3d.options import (
         BuildOptions,
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
         TrainOptions,
     )
     from ptq3d.pipeline import calibrate, export, train
-    from ptq3d.predict import deploy
     from ptq3d.verification import quantize, sensitivity
 
 # public name -> module; loaded on first use, so that `import ptq3d` loads no torch, openvino or monai
@@ -44,7 +44,7 @@ _MODULES = {
     "calibrate": "pipeline",
     "compare": "compare",
     "demo": "demo",
-    "deploy": "predict",
+    "deploy": "deployment",
     "export": "pipeline",
     "inspect": "inspection",
     "quantize": "verification",

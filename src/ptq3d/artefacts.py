@@ -8,17 +8,26 @@ import shutil
 import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ptq3d.engines import choose_backend, get_backend
+from ptq3d.engines.heads import FILE as HEAD_FILE
+from ptq3d.engines.heads import save_head
 from ptq3d.errors import OptionError
-from ptq3d.graphs.files import load_graph, static_input_shape
+from ptq3d.graphs.files import load_graph, save_graph, static_input_shape
 from ptq3d.graphs.layers import shape_of
 from ptq3d.graphs.passes import simplify
+from ptq3d.graphs.split_head import split_head
 from ptq3d.manifest import FILE, Manifest, embedded, read_beside, sha256, write_beside
 from ptq3d.options import BuildOptions
 from ptq3d.pipeline import Written, class_names
 from ptq3d.quantization.qdq import planned_layers
 from ptq3d.version import __version__
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from ptq3d.engines.base import Backend
 
 log = logging.getLogger("ptq3d")
 
@@ -32,12 +41,14 @@ def build(options: BuildOptions) -> Written:
     """
     name, why = choose_backend(options.engine)
     output = options.output or options.onnx_path.with_suffix(f".{name}")
-    manifest = build_artefact(options.onnx_path, output, name)
-    size = artefact_size(output, manifest)
-    return Written(output, size, {"engine": name, "why": why, "files": dict(manifest.engine["files"])})
+    manifest = build_artefact(options.onnx_path, output, name, late_head=options.late_head)
+    facts = {key: manifest.engine[key] for key in ("files", "head")}
+    return Written(output, artefact_size(output, manifest), {"engine": name, "why": why, **facts})
 
 
-def build_artefact(onnx: Path, folder: Path, engine: str, manifest: Manifest | None = None) -> Manifest:
+def build_artefact(
+    onnx: Path, folder: Path, engine: str, manifest: Manifest | None = None, *, late_head: bool = True
+) -> Manifest:
     """Build `onnx` for an engine into `folder`, whole or not at all.
 
     Args:
@@ -45,6 +56,7 @@ def build_artefact(onnx: Path, folder: Path, engine: str, manifest: Manifest | N
         folder: replaced where it holds an earlier artefact of ours.
         engine: a backend's name.
         manifest: for a foreign file; default: the one inside it, or class numbers and its own window.
+        late_head: take the last layer off where its input is narrower than its output.
 
     Raises:
         OptionError: the folder exists and is no artefact of ours.
@@ -61,11 +73,12 @@ def build_artefact(onnx: Path, folder: Path, engine: str, manifest: Manifest | N
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        files = backend.build(onnx, scratch)
+        files, head = _build_parts(onnx, model, backend, scratch, late_head=late_head)
         manifest = replace(manifest, source={onnx.name: sha256(onnx)})
         facts = {
             "name": engine,
             "version": backend.version(),
+            "head": head,
             "layers": [asdict(layer) for layer in planned_layers(model)],
         }
         manifest = write_beside(scratch, manifest, files, facts)
@@ -78,23 +91,39 @@ def build_artefact(onnx: Path, folder: Path, engine: str, manifest: Manifest | N
     return manifest
 
 
+def _build_parts(
+    onnx: Path, model: ir.Model, backend: Backend, folder: Path, *, late_head: bool
+) -> tuple[tuple[Path, ...], str]:
+    """The files of an engine with its head apart where that is asked for and pays, and what was done."""
+    if not late_head:
+        return backend.build(onnx, folder), "whole: asked for"
+    split = split_head(model)
+    if split.head is None:
+        return backend.build(onnx, folder), split.reason
+    with tempfile.TemporaryDirectory() as scratch:
+        body = Path(scratch) / onnx.name
+        save_graph(split.body, body)
+        return (*backend.build(body, folder), save_head(folder, split.head)), split.reason
+
+
 def artefact_size(folder: Path, manifest: Manifest) -> int:
     """Bytes of an artefact's files, without the manifest."""
     return sum((folder / name).stat().st_size for name in manifest.engine["files"])
 
 
-def cached_artefact(model: Path, engine: str) -> tuple[Path, Manifest]:
+def cached_artefact(model: Path, engine: str, *, late_head: bool = True) -> tuple[Path, Manifest]:
     """The artefact of a model: an engine folder as it is, an ONNX file built once and kept by the hash of its content.
 
     Args:
         model: an engine folder or an ONNX file.
         engine: a backend's name or "auto"; an engine folder must agree with it.
+        late_head: False wants the network whole.
 
     Returns:
         (folder, manifest), the files verified.
 
     Raises:
-        OptionError: the folder is of another engine.
+        OptionError: the folder is of another engine, or has its head apart where `late_head` is False.
         ManifestError: its files were changed.
     """
     if model.is_dir():
@@ -103,16 +132,21 @@ def cached_artefact(model: Path, engine: str) -> tuple[Path, Manifest]:
             raise OptionError(
                 f"{model} is built for {manifest.engine['name']}, not for {engine}. Deploy it without --engine, or build it again."
             )
+        if not late_head and HEAD_FILE in manifest.engine["files"]:
+            raise OptionError(
+                f"{model} has its head apart. For the whole network build it again: ptq3d build --no-late-head."
+            )
         get_backend(manifest.engine["name"])
         return model, manifest
     load_graph(model)
     name, why = choose_backend(engine)
     log.info("engine %s: %s", name, why)
     version = "".join(letter if letter.isalnum() else "-" for letter in get_backend(name).version())
-    folder = cache_folder() / f"{sha256(model)[:32]}-{name}-{version}-{__version__}"
+    whole = "" if late_head else "-whole"
+    folder = cache_folder() / f"{sha256(model)[:32]}-{name}-{version}-{__version__}{whole}"
     if (folder / FILE).is_file():
         return folder, read_beside(folder)
-    return folder, build_artefact(model, folder, name)
+    return folder, build_artefact(model, folder, name, late_head=late_head)
 
 
 def cache_folder() -> Path:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ptq3d.compare import Comparison
-    from ptq3d.predict import CaseResult
+    from ptq3d.deployment import CaseResult
 
 MEGABYTE = 1e6
 
@@ -111,19 +111,38 @@ def build(options: BuildOptions) -> None:
 
 def deploy(options: DeployOptions) -> None:
     """Run `ptq3d deploy`."""
-    results = _verb("ptq3d.predict", "deploy")(options)
-    _show(options, _deploy_table(results))
+    results: tuple[CaseResult, ...] = _verb("ptq3d.deployment", "deploy")(options)
+    done = [result for result in results if result.error is None]
+    failed = [result for result in results if result.error is not None]
+    if done:
+        _show(options, _deploy_table(done))
     rows = [
         {
             "case": r.name,
             "labels": str(r.labels),
             "seconds": dict(r.seconds),
+            "windows": r.windows,
+            "windows_per_second": r.windows_per_second,
+            "peak_memory_bytes": r.peak_memory_bytes,
             "dice": _finite(r.dice),
             "mean_dice": _number(r.mean_dice),
         }
-        for r in results
+        for r in done
     ]
-    _report(options, {"cases": rows})
+    errors = {r.name: f"{type(r.error).__name__}: {r.error}" for r in failed}
+    _report(options, {"cases": rows, "failed": errors})
+    if failed:
+        raise _worst(failed, len(results))
+
+
+def _worst(failed: Sequence[CaseResult], number: int) -> Ptq3dError:
+    """One error for all cases that failed, of the kind with the gravest exit code."""
+    errors = [result.error for result in failed if result.error is not None]
+    grave = min(errors, key=lambda error: error.exit_code)
+    told = "; ".join(f"{result.name}: {result.error}" for result in failed)
+    return type(grave)(
+        told if number == 1 else f"{len(failed)} of {number} cases failed, the others are written. {told}"
+    )
 
 
 def compare(options: CompareOptions) -> None:
@@ -293,13 +312,15 @@ def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
 
 def _deploy_table(results: Sequence[CaseResult]) -> Table:
     steps = list(results[0].seconds)
-    table = _table("case", *(f"{step} s" for step in steps), *(["mean Dice"] if results[0].dice else []))
+    more = ["windows/s", "GB", *(["mean Dice"] if results[0].dice else [])]
+    table = _table("case", *(f"{step} s" for step in steps), *more)
     for result in results:
         dice = [f"{result.mean_dice:.4f}"] if result.dice else []
-        table.add_row(result.name, *(f"{result.seconds[step]:.2f}" for step in steps), *dice)
+        figures = [f"{result.windows_per_second:.1f}", f"{result.peak_memory_bytes / 1e9:.2f}"]
+        table.add_row(result.name, *(f"{result.seconds[step]:.2f}" for step in steps), *figures, *dice)
     for name in results[0].dice:
         values = [value for result in results if not math.isnan(value := result.dice[name])]
-        table.add_row(f"  {name}", *[""] * len(steps), f"{sum(values) / len(values):.4f}" if values else "absent")
+        table.add_row(f"  {name}", *[""] * (len(steps) + 2), f"{sum(values) / len(values):.4f}" if values else "absent")
     return table
 
 

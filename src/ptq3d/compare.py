@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -18,13 +17,7 @@ import numpy as np
 
 from ptq3d.artefacts import artefact_size
 from ptq3d.datasets.folders import Case, find_cases
-from ptq3d.engines.base import Engine, EngineOptions, Precision, int8_mac_share
-from ptq3d.errors import EngineError, OptionError
-from ptq3d.evaluation.certificate import certificate
-from ptq3d.evaluation.metrics import dice_per_class, fidelity_per_class, mean_dice
-from ptq3d.evaluation.statistics import Interval, LatencySummary, paired_bootstrap
-from ptq3d.options import CompareOptions
-from ptq3d.predict import (
+from ptq3d.deployment import (
     CaseResult,
     Deployment,
     deploy_cases,
@@ -33,6 +26,13 @@ from ptq3d.predict import (
     truth_map,
     warn_of_calibration_cases,
 )
+from ptq3d.engines.base import Engine, EngineOptions, Precision, int8_mac_share
+from ptq3d.errors import EngineError, OptionError
+from ptq3d.evaluation.certificate import certificate
+from ptq3d.evaluation.metrics import dice_per_class, fidelity_per_class, mean_dice
+from ptq3d.evaluation.statistics import Interval, LatencySummary, paired_bootstrap
+from ptq3d.memory import peak_memory_bytes
+from ptq3d.options import CompareOptions
 from ptq3d.progress import bar
 from ptq3d.volumes.files import load_image, load_labels
 
@@ -308,21 +308,6 @@ def _segment(deployment: Deployment, cases: list[Case], output: Path) -> _Run:
         deployment, unlabelled, output, label_map=LabelMap.identity(deployment.manifest.labels), quiet=True
     )
     return _Run(results, peak_memory_bytes())
-
-
-def peak_memory_bytes() -> int:
-    """The most memory this process ever held.
-
-    Linux hands `ru_maxrss` on from parent to child, so there the high-water mark of /proc is read instead.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        lines = status.read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _judge(

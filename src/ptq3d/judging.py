@@ -15,6 +15,7 @@ import numpy as np
 
 from ptq3d.datasets.folders import Case
 from ptq3d.datasets.label_map import LabelMap
+from ptq3d.deployment import true_classes
 from ptq3d.engines import BACKENDS, get_backend
 from ptq3d.engines.base import Engine, EngineOptions, int8_mac_share
 from ptq3d.errors import OptionError
@@ -23,7 +24,8 @@ from ptq3d.evaluation.metrics import dice_per_class, fidelity, fidelity_per_clas
 from ptq3d.graphs.files import save_graph, static_input_shape
 from ptq3d.graphs.layers import layers
 from ptq3d.manifest import sha256
-from ptq3d.predict import predict_labels, true_classes
+from ptq3d.options import CaseOptions
+from ptq3d.predict import predict_labels, prepared_case
 from ptq3d.progress import bar
 from ptq3d.quantization.budget import Sensitivity, Trial
 from ptq3d.quantization.calibration import draw_windows, shares
@@ -166,7 +168,10 @@ class Judge:
         ):
             for done, case in enumerate(self._cases, 1):
                 image = load_image(case.image)
-                answers = [predict_labels(image, one, manifest, prepared)[0].data[0] for one in (exact, engine)]
+                ready, plainly = prepared_case(image, prepared, CaseOptions()), CaseOptions()
+                answers = [
+                    predict_labels(ready, one, manifest, prepared, plainly).labels.data[0] for one in (exact, engine)
+                ]
                 kept.append(fidelity_per_class(answers[1], answers[0], manifest.classes))
                 truth = true_classes(case, image, self._label_map)
                 if truth is not None:

@@ -29,6 +29,21 @@ class Common:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CaseOptions:
+    """How a volume is segmented beside what its network's manifest says.
+
+    Args:
+        restore: how labels come back to the file's grid: "logits" resamples logits linearly, "labels" takes the nearest label.
+        crop: "foreground" leaves out what lies around the box of all voxels above the image's lowest value.
+        skip_empty: leave out windows of one value, which hold only padding or air; they become background.
+    """
+
+    restore: Literal["logits", "labels"] = "logits"
+    crop: Literal["none", "foreground"] = "none"
+    skip_empty: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainOptions(Common):
     """Train a network of the zoo on folders of images and labels."""
 
@@ -188,6 +203,8 @@ class BuildOptions(Common):
     """The folder to make; default: <name>.<engine> beside the file."""
     engine: str = "auto"
     """openvino, onnxruntime, torch, reference or auto."""
+    late_head: bool = True
+    """Take the network's last layer off where it makes more classes than it reads features; `deploy` runs it once a voxel."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,6 +235,20 @@ class DeployOptions(Common):
     """Of neighbouring windows, 0 to below 1; default: the manifest's, or 0.5."""
     threads: int = 0
     """CPU threads; 0 for all."""
+    late_head: bool = True
+    """Blend the features in front of the last layer, not its logits, where they are fewer: same labels, less time and memory."""
+    restore: Literal["logits", "labels"] = "logits"
+    """How labels come back to the file's grid: from linearly resampled logits, or from the nearest label."""
+    crop: Literal["none", "foreground"] = "none"
+    """Segment only the box of all voxels above the image's lowest value."""
+    skip_empty: bool = False
+    """Leave out windows of one value, which hold only padding or air: they become background."""
+    tta: str = ""
+    """Mirror windows along these axes of the network's input, in all combinations, and average: x, y, z, xy, ... xyz."""
+    ensemble: UseAppendAction[tuple[Path, ...]] = ()
+    """A further engine or ONNX file of the same classes and window, whose logits are averaged with the model's; may be repeated."""
+    max_memory: float | None = None
+    """Refuse volumes for which the process would need more than this many GB, before any is segmented."""
 
 
 @dataclass(frozen=True, kw_only=True)

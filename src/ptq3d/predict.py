@@ -1,266 +1,241 @@
-"""The case flow in one page: volume file -> preprocessing -> windows -> engine -> blend -> labels on the original grid."""
+"""The case flow in one page: volume -> preprocessing -> windows -> engine -> blend -> head, argmax, the file's grid, slab by slab."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from time import perf_counter
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ptq3d.artefacts import cached_artefact
-from ptq3d.datasets.folders import Case, find_cases
-from ptq3d.datasets.label_map import LabelMap
-from ptq3d.engines import get_backend
-from ptq3d.engines.base import Engine, EngineOptions
-from ptq3d.errors import LabelError, OptionError, ShapeError
-from ptq3d.evaluation.metrics import dice_per_class
-from ptq3d.manifest import Manifest, sha256
-from ptq3d.options import DeployOptions
-from ptq3d.pipeline import preprocessing_of
-from ptq3d.progress import Progress, bar, silent
-from ptq3d.volumes.files import load_image, load_labels, save_labels
+from ptq3d.engines.base import Engine, EngineSpec
+from ptq3d.errors import OptionError, ShapeError
+from ptq3d.manifest import Manifest
+from ptq3d.options import CaseOptions
+from ptq3d.progress import Progress, silent
 from ptq3d.volumes.preprocessing import Preprocessing
-from ptq3d.volumes.volume import Volume, require_same_grid
+from ptq3d.volumes.volume import Grid, Shape, Volume
 
-log = logging.getLogger("ptq3d")
-SEED_PREPROCESSING = {"unet": "btcv", "unet3d": "btcv", "transunet": "btcv"}
+if TYPE_CHECKING:
+    from torch import Tensor
 
+    from ptq3d.windows import Windowing
 
-@dataclass(frozen=True)
-class CaseResult:
-    """One segmented case.
-
-    Args:
-        name: the case's.
-        labels: the written label map.
-        seconds: what took how long: read, preprocess, network (with blending), restore, write, total.
-        dice: class name -> Dice, NaN where the class is in neither; empty without true labels.
-    """
-
-    name: str
-    labels: Path
-    seconds: Mapping[str, float]
-    dice: Mapping[str, float] = field(default_factory=dict)
-
-    @property
-    def mean_dice(self) -> float:
-        """Over the foreground classes that are in the truth or in the answer; NaN without true labels."""
-        found = [value for value in self.dice.values() if not np.isnan(value)]
-        return float(np.mean(found)) if found else float("nan")
+LABELLING_BYTES = 300_000_000  # features and logits of the voxels whose labels are made at a time, and their indices
 
 
 @dataclass(frozen=True)
-class Deployment:
-    """An engine folder with all that its cases need.
+class Prepared:
+    """A volume as the network sees it, and where its labels go.
 
     Args:
-        folder: the artefact.
-        manifest: with preprocessing, labels and overlap decided.
-        options: device, precision and threads of the engine.
+        image: (C, X, Y, Z) float32, preprocessed; cropped where `cropped`.
+        target: the file's grid.
+        cropped: labels outside `image` are background.
+        seconds: what preparing it took.
     """
 
-    folder: Path
-    manifest: Manifest
-    options: EngineOptions
-
-    @property
-    def preprocessing(self) -> Preprocessing:
-        """From a volume file to what the network reads."""
-        if self.manifest.preprocessing is None:
-            raise OptionError(
-                f"nothing says how to prepare volumes for {self.folder.name}. Give --preprocessing btcv | FILE."
-            )
-        return self.manifest.preprocessing
-
-    def open(self) -> Engine:
-        """The engine; a context manager."""
-        return get_backend(self.manifest.engine["name"]).open(self.folder, self.options)
+    image: Volume
+    target: Grid
+    cropped: bool
+    seconds: float
 
 
-def prepare(
-    model: Path,
-    engine: str,
-    options: EngineOptions,
-    *,
-    preprocessing: str | None,
-    overlap: float | None,
-    fallback: str | None = None,
-) -> Deployment:
-    """An engine for a model, built and cached where needed, with its manifest completed from the command line.
+@dataclass(frozen=True)
+class Answer:
+    """The labels of one volume.
 
     Args:
-        model: an engine folder or an ONNX file.
-        engine: a backend's name or "auto".
-        options: how to run it.
-        preprocessing: preset or file that replaces the manifest's.
-        overlap: replaces the manifest's.
-        fallback: preset for a manifest that has no preprocessing.
+        labels: (1, X, Y, Z) uint8 or uint16 on the file's grid.
+        windows: that the network saw.
+        seconds: network (waiting for its answers) and stitch (blending, head, argmax, the way back to the file's grid).
+    """
+
+    labels: Volume
+    windows: int
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+def prepared_case(image: Volume, preprocessing: Preprocessing, options: CaseOptions) -> Prepared:
+    """Preprocess a volume, and crop it where asked.
 
     Raises:
-        OptionError: no preprocessing is known, or the overlap is out of 0..1.
+        InputError: see `Preprocessing.apply`.
     """
-    folder, manifest = cached_artefact(model, engine)
-    chosen = preprocessing or (fallback if manifest.preprocessing is None else None)
-    if chosen is not None:
-        manifest = replace(manifest, preprocessing=preprocessing_of(chosen))
-    if overlap is not None:
-        manifest = replace(manifest, overlap=overlap)
-    if not 0 <= manifest.overlap < 1:
-        raise OptionError(f"--overlap {manifest.overlap}: the overlap of windows lies between 0 and below 1.")
-    deployment = Deployment(folder, manifest, options)
-    _ = deployment.preprocessing
-    return deployment
+    start = perf_counter()
+    ready, cropped = preprocessing.apply(image), False
+    if options.crop == "foreground":
+        ready, cropped = crop_foreground(ready), True
+    return Prepared(ready, image.grid, cropped, perf_counter() - start)
+
+
+def crop_foreground(image: Volume) -> Volume:
+    """The box of all voxels above the image's lowest value (air after a CT window, the background of a skull-stripped MR).
+
+    Args:
+        image: (C, X, Y, Z) float32, preprocessed.
+
+    Returns:
+        A view; the image itself where all its voxels have one value.
+    """
+    above = (image.data > image.data.min(axis=(1, 2, 3), keepdims=True)).any(axis=0)
+    if not above.any():
+        return image
+    first, stop = [], []
+    for axis in range(3):
+        found = np.flatnonzero(above.any(axis=tuple(other for other in range(3) if other != axis)))
+        first.append(int(found[0]))
+        stop.append(int(found[-1]) + 1)
+    shift = np.eye(4)
+    shift[:3, 3] = first
+    x, y, z = (slice(*ends) for ends in zip(first, stop, strict=True))
+    return Volume(image.data[:, x, y, z], image.affine @ shift)
+
+
+def windowing_of(shape: Shape, spec: EngineSpec, manifest: Manifest, *, outside: float, skip_empty: bool) -> Windowing:
+    """Windows along the axis that holds the least at a time: the one that is the most windows long."""
+    from ptq3d.windows import Windowing
+
+    axis = max(range(3), key=lambda one: (shape[one] / spec.window[one], -one))
+    return Windowing(spec.window, manifest.overlap, outside, axis, skip_empty)
 
 
 def predict_labels(
-    image: Volume, engine: Engine, manifest: Manifest, prepared: Preprocessing, *, progress: Progress = silent
-) -> tuple[Volume, dict[str, float]]:
-    """The label map of a volume, on its own grid.
+    prepared: Prepared,
+    engine: Engine,
+    manifest: Manifest,
+    preprocessing: Preprocessing,
+    options: CaseOptions,
+    *,
+    progress: Progress = silent,
+) -> Answer:
+    """The label map of a volume, on its file's grid.
 
     Args:
-        image: (C, X, Y, Z) float32 as read from its file.
-        engine: takes windows of the preprocessed volume.
+        prepared: the volume.
+        engine: takes windows of it.
         manifest: overlap and classes.
-        prepared: the preprocessing.
-
-    Returns:
-        (labels (1, X, Y, Z) unsigned, seconds of each step).
+        preprocessing: what it was prepared with.
+        options: how labels come back, and which windows are left out.
 
     Raises:
         ShapeError: the volume has other channels than the network, or the engine other classes than the manifest.
+        EngineError: the runtime failed.
     """
     import torch
 
-    from ptq3d.windows import blend
+    from ptq3d.labelling import labels_of, labels_on
+    from ptq3d.windows import slabs
 
-    if image.data.shape[0] != engine.spec.channels:
-        raise ShapeError(
-            f"the network takes {engine.spec.channels} channels, the volume has {image.data.shape[0]}. "
-            "Give it the images it was trained on."
-        )
-    if engine.spec.classes != manifest.classes:
-        raise ShapeError(
-            f"the engine gives {engine.spec.classes} classes, its manifest names {manifest.classes}. Give the right --label-map."
-        )
+    require_fitting(prepared.image.data.shape[0], engine, manifest)
     start = perf_counter()
-    ready = prepared.apply(image)
-    middle = perf_counter()
-    logits = blend(
-        torch.from_numpy(ready.data),
-        engine,
-        window=engine.spec.window,
-        overlap=manifest.overlap,
-        outside=prepared.outside,
-        progress=progress,
+    windowing = windowing_of(
+        prepared.image.shape, engine.spec, manifest, outside=preprocessing.outside, skip_empty=options.skip_empty
     )
-    blended = perf_counter()
-    classes = logits.argmax(0).to(torch.uint8 if manifest.classes <= 256 else torch.int32).numpy()
-    labels = prepared.restore_labels(classes.astype(np.uint8 if manifest.classes <= 256 else np.uint16), image)
-    seconds = {"preprocess": middle - start, "network": blended - middle, "restore": perf_counter() - blended}
-    return labels, seconds
+    stream = _Timed(engine)
+    image = torch.from_numpy(np.ascontiguousarray(prepared.image.data)).to(engine.device)
+    planes = slabs(image, stream, windowing, progress=progress)
+    classify, classes = engine.classifier(engine.head), manifest.classes
+    if options.restore == "logits":
+        source = prepared.image.grid
+        labels = labels_on(prepared.target, planes, source, classify, classes=classes, cropped=prepared.cropped)
+    else:
+        found = labels_of(planes, prepared.image.shape, classify, classes=classes)
+        labels = _restored(Volume(found[None], prepared.image.affine), prepared, preprocessing)
+    seconds = {"network": stream.seconds, "stitch": perf_counter() - start - stream.seconds}
+    return Answer(Volume(labels[None], prepared.target[1]), stream.windows, seconds)
 
 
-def deploy(options: DeployOptions) -> tuple[CaseResult, ...]:
-    """Segment a volume or a folder of volumes; Dice per class where labels are given.
+def _restored(labels: Volume, prepared: Prepared, preprocessing: Preprocessing) -> np.ndarray:
+    """Labels by nearest neighbour on the file's grid; those outside a crop are background."""
+    if prepared.cropped:
+        shape, affine = preprocessing.grid(prepared.target)
+        whole = np.zeros((1, *shape), labels.data.dtype)
+        first = np.rint(np.linalg.solve(affine, labels.affine)[:3, 3]).astype(int)
+        x, y, z = (slice(one, one + size) for one, size in zip(first, labels.shape, strict=True))
+        whole[:, x, y, z] = labels.data
+        labels = Volume(whole, affine)
+    restored: np.ndarray = preprocessing.restore_labels(labels.data[0], prepared.target).data[0]
+    return restored
+
+
+class _Timed:
+    """An engine's stream that counts its windows and the seconds for which its answers were waited for."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self.seconds, self.windows = engine, 0.0, 0
+
+    def __call__(self, windows: Iterable[Tensor]) -> Iterator[Tensor]:
+        answers = self._engine.stream(windows)
+        while True:
+            start = perf_counter()
+            answer = next(answers, None)
+            self.seconds += perf_counter() - start
+            if answer is None:
+                return
+            self.windows += 1
+            yield answer
+
+
+def require_fitting(channels: int, engine: Engine, manifest: Manifest) -> None:
+    """Refuse volumes that an engine cannot take, and engines that do not give what their manifest says.
 
     Raises:
-        InputError: of the tree in `ptq3d.errors`, before anything is written where it can be known before.
+        ShapeError: see above.
     """
-    engine_options = EngineOptions(options.device, options.precision, options.threads)
-    deployment = prepare(
-        options.model,
-        options.engine,
-        engine_options,
-        preprocessing=options.preprocessing,
-        overlap=options.overlap,
-        fallback=SEED_PREPROCESSING.get(options.net or ""),
-    )
-    cases = find_cases(options.data, options.labels, required_labels=options.labels is not None)
-    label_map = truth_map(options.label_map, deployment.manifest)
-    warn_of_calibration_cases(deployment.manifest, cases)
-    output = options.output or Path(f"segmentations-{options.model.name.removesuffix('.onnx')}")
-    return deploy_cases(deployment, cases, output, label_map=label_map, quiet=options.quiet)
-
-
-def truth_map(path: Path | None, manifest: Manifest) -> LabelMap:
-    """From values of label files to classes of the network.
-
-    Raises:
-        LabelError: the map has another number of classes than the network.
-    """
-    if path is None:
-        return LabelMap.identity(manifest.labels)
-    label_map = LabelMap.load(path)
-    if len(label_map.names) != manifest.classes:
-        raise LabelError(
-            f"{path} names {len(label_map.names)} classes, the network gives {manifest.classes}. Give the map of this network."
+    if channels != engine.spec.channels:
+        raise ShapeError(
+            f"the network takes {engine.spec.channels} channels, the volume has {channels}. Give it the images it was trained on."
         )
-    return label_map
-
-
-def warn_of_calibration_cases(manifest: Manifest, cases: Iterable[Case]) -> None:
-    """Say which cases the engine was calibrated on: figures on them are not of unseen data."""
-    calibrated = set(manifest.quantization.get("calibration_cases", {}).values())
-    if not calibrated:
-        return
-    for case in cases:
-        if sha256(case.image) in calibrated:
-            log.warning("%s was used to calibrate this engine: figures on it are not of unseen data.", case.image)
-
-
-def deploy_cases(
-    deployment: Deployment, cases: list[Case], output: Path, *, label_map: LabelMap, quiet: bool = False
-) -> tuple[CaseResult, ...]:
-    """Segment `cases` one by one into `output`/<name>.nii.gz."""
-    import torch  # before the first case is timed
-
-    if deployment.options.threads:
-        torch.set_num_threads(deployment.options.threads)
-    with deployment.open() as engine:
-        return tuple(_deploy_case(deployment, engine, case, output, label_map=label_map, quiet=quiet) for case in cases)
-
-
-def _deploy_case(
-    deployment: Deployment, engine: Engine, case: Case, output: Path, *, label_map: LabelMap, quiet: bool
-) -> CaseResult:
-    written = output / f"{case.name}.nii.gz"
-    if written.resolve() == case.image.resolve():
-        raise OptionError(f"{written} is the image itself and would be overwritten. Choose another --output.")
-    start = perf_counter()
-    image = load_image(case.image)
-    read = perf_counter() - start
-    truth = true_classes(case, image, label_map)
-    begin = perf_counter()
-    with bar(f"Segment {case.name}", quiet=quiet) as progress:
-        labels, seconds = predict_labels(
-            image, engine, deployment.manifest, deployment.preprocessing, progress=progress
+    if engine.head.classes != manifest.classes:
+        raise ShapeError(
+            f"the engine gives {engine.head.classes} classes, its manifest names {manifest.classes}. Give the right --label-map."
         )
-    before_write = perf_counter()
-    output.mkdir(parents=True, exist_ok=True)
-    save_labels(written, labels)
-    seconds = {"read": read, **seconds, "write": perf_counter() - before_write}
-    seconds["total"] = read + perf_counter() - begin
-    dice = {} if truth is None else _dice(labels.data[0], truth, label_map.names)
-    return CaseResult(case.name, written, seconds, dice)
 
 
-def true_classes(case: Case, image: Volume, label_map: LabelMap) -> np.ndarray | None:
-    """(X, Y, Z) classes of a case's label file, None where it has none.
+def estimated_bytes(target: Grid, engine: Engine, manifest: Manifest, preprocessing: Preprocessing) -> int:
+    """What segmenting one volume adds to the memory of a process whose engine has run already; an upper bound.
+
+    Args:
+        target: the file's grid.
+        engine: of the network.
+        manifest: overlap.
+        preprocessing: gives the grid of the windows.
+
+    Returns:
+        Bytes: reading (file, its array, float32) or blending (volume, sums of one window's thickness, labels), the larger.
+    """
+    shape, _ = preprocessing.grid(target)
+    spec = engine.spec
+    windowing = windowing_of(shape, spec, manifest, outside=0.0, skip_empty=False)
+    thick = [max(size, width) for size, width in zip(shape, spec.window, strict=True)]
+    image = 4 * spec.channels * math.prod(thick)
+    thick[windowing.axis] = spec.window[windowing.axis] + 1
+    sums = 4 * (spec.features + 1) * math.prod(thick)
+    voxels = math.prod(target[0])
+    share = min(thick[windowing.axis] / shape[windowing.axis], 1.0)
+    labelling = int(4 * voxels * share) + LABELLING_BYTES
+    reading = voxels * (8 + 4 + 1) * spec.channels
+    return max(reading + image, image + sums + voxels + labelling)
+
+
+def require_memory(needed: dict[str, int], limit: int, resident: int) -> None:
+    """Refuse volumes that would need more memory than allowed.
+
+    Args:
+        needed: case -> what it adds, in bytes.
+        limit: of the process, in bytes.
+        resident: what it holds already, in bytes.
 
     Raises:
-        GeometryError: the label map lies on another grid than the image.
-        LabelError: it holds values outside the classes.
+        OptionError: names the first such case with its estimate.
     """
-    if case.label is None:
-        return None
-    labels = load_labels(case.label)
-    require_same_grid(image, labels, image_path=case.image, label_path=case.label)
-    return label_map.apply(labels.data[0], where=case.label)
-
-
-def _dice(prediction: np.ndarray, truth: np.ndarray, names: tuple[str, ...]) -> dict[str, float]:
-    values = dice_per_class(prediction, truth, len(names))
-    return {name: float(value) for name, value in zip(names[1:], values, strict=True)}
+    for name, adds in needed.items():
+        if resident + adds > limit:
+            raise OptionError(
+                f"{name} would need about {(resident + adds) / 1e9:.2f} GB (engine and libraries {resident / 1e9:.2f} GB, "
+                f"the volume {adds / 1e9:.2f} GB), more than --max-memory {limit / 1e9:g}. Nothing was segmented. "
+                "Raise the limit, or give a smaller volume."
+            )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ptq3d.datasets.folders import Case, find_cases
+from ptq3d.deployment import truth_map
 from ptq3d.engines import BACKENDS
 from ptq3d.errors import BudgetError, OptionError
 from ptq3d.evaluation.figures import draw_sensitivity, require_matplotlib
@@ -19,7 +20,6 @@ from ptq3d.judging import Judge, preprocessing_of_cases
 from ptq3d.manifest import sha256, write_text
 from ptq3d.options import QuantizeOptions, SensitivityOptions
 from ptq3d.pipeline import Written
-from ptq3d.predict import truth_map
 from ptq3d.progress import bar
 from ptq3d.quantization.budget import Search, Sensitivity, by_worth, guard, keeping, kept_since, search
 from ptq3d.quantization.quantizer import Quantized, Recipe

@@ -1,28 +1,29 @@
-"""Cover a volume with overlapping windows and blend what a network says of each.
+"""Cover a volume with overlapping windows and blend what a network says of each, slab by slab.
 
-Equal to MONAI's `sliding_window_inference(mode="gaussian", sigma_scale=0.125, padding_mode="constant")`.
+Equal to MONAI's `sliding_window_inference(mode="gaussian", sigma_scale=0.125, padding_mode="constant")`. Windows are visited
+along one axis, so that planes which no later window sees leave at once: what is held is one window thick.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TypeAlias
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ptq3d.errors import OptionError, ShapeError
 
 Size: TypeAlias = tuple[int, int, int]
-Network: TypeAlias = Callable[[NDArray[np.float32]], NDArray[np.float32]]
-"""Windows (n, C, X, Y, Z) float32 -> logits (n, K, X, Y, Z) float32 of the same spatial shape."""
+Stream: TypeAlias = Callable[[Iterable[Tensor]], Iterator[Tensor]]
+"""Windows (C, X, Y, Z) float32 -> answers (F, X, Y, Z) float32, uint8 or int8 on the same voxels, one for one, in order."""
 Box: TypeAlias = tuple[slice, slice, slice]
 
 SIGMA = 0.125  # standard deviation of the Gaussian, share of the window's size
 SMALLEST_IMPORTANCE = 1e-3
+ANSWERS = (torch.float32, torch.uint8, torch.int8)
 
 
 def window_starts(shape: Size, window: Size, overlap: float) -> list[Size]:
@@ -85,68 +86,184 @@ def _gaussian(width: int) -> Tensor:
     return torch.exp(places**2 / (-2.0 * (SIGMA * width) ** 2))
 
 
-def blend(
-    image: Tensor,
-    network: Network,
-    *,
-    window: Size,
-    overlap: float = 0.5,
-    batch: int = 1,
-    outside: float = 0.0,
-    progress: Callable[[int, int], None] | None = None,
-) -> Tensor:
-    """The Gaussian-weighted mean of a network's logits over all windows that see a voxel.
+@dataclass(frozen=True)
+class Slab:
+    """Finished planes: everything along two axes, a few places along the third.
 
-    logits(v) = sum_w importance(v - start_w) network(window_w)(v - start_w) / sum_w importance(v - start_w)
+    Args:
+        axis: of X, Y, Z, the one along which they are few.
+        first: place of the first plane along it.
+        values: (X, Y, Z, F) float32, the blended answers, channels last; valid until the next slab is asked for. From the
+            second slab on it starts with the last plane of the slab before, so that a caller can interpolate between them.
+        seen: (X, Y, Z) bool, False where every window was left out; None where none was.
+    """
+
+    axis: int
+    first: int
+    values: Tensor
+    seen: Tensor | None
+
+
+@dataclass(frozen=True)
+class Windowing:
+    """How windows cover a volume.
+
+    Args:
+        window: (X, Y, Z) in voxels.
+        overlap: share of the window that neighbours have in common, 0 <= overlap < 1.
+        outside: value around volumes smaller than the window, in the unit of the image.
+        axis: of X, Y, Z, along which windows are visited and planes leave.
+        skip_empty: leave out windows of a single value, which hold only padding or air.
+
+    Raises:
+        OptionError: see `window_starts`.
+    """
+
+    window: Size
+    overlap: float = 0.5
+    outside: float = 0.0
+    axis: int = 0
+    skip_empty: bool = False
+
+    def __post_init__(self) -> None:
+        require_windowing(self.window, self.overlap)
+
+    def starts(self, shape: Size) -> list[Size]:
+        """First voxels of the windows on a volume, those along `axis` in order."""
+        return sorted(window_starts(shape, self.window, self.overlap), key=lambda start: start[self.axis])
+
+
+def blend(
+    image: Tensor, stream: Stream, windowing: Windowing, *, progress: Callable[[int, int], None] | None = None
+) -> Tensor:
+    """The Gaussian-weighted mean of a network's answers over all windows that see a voxel.
+
+    answer(v) = sum_w importance(v - start_w) network(window_w)(v - start_w) / sum_w importance(v - start_w)
 
     Args:
         image: (C, X, Y, Z) float32. Axes shorter than the window are padded half before, half after, and cropped again.
-        network: called with at most `batch` windows; each call gets an array of its own.
-        window: (X, Y, Z) in voxels.
-        overlap: share of the window that neighbours have in common, 0 <= overlap < 1.
-        batch: windows in one call; the last call may get fewer.
-        outside: value of the padding, in the unit of `image`.
-        progress: called with (windows done, windows in all) after every call of `network`.
+        stream: the network.
+        windowing: where the windows are.
+        progress: called with (windows done, windows in all) after every answer.
 
     Returns:
-        (K, X, Y, Z) float32 logits; K is what `network` returns.
+        (F, X, Y, Z) float32; F is what `stream` gives. 0 where every window was left out.
 
     Raises:
-        OptionError: see `window_starts`, or a batch below 1.
-        ShapeError: `image` is not (C, X, Y, Z) float32, or `network` changes the shape or dtype of the windows.
+        ShapeError: `image` is not (C, X, Y, Z) float32, or `stream` changes the shape of the windows.
 
-    Source: equal to MONAI sliding_window_inference, bit for bit where the network's answers are.
+    Source: equal to MONAI sliding_window_inference, bit for bit along axis 0 where the network's answers are.
+    """
+    whole = torch.empty(0)
+    for slab in slabs(image, stream, windowing, progress=progress):
+        if not whole.numel():
+            whole = torch.zeros((slab.values.shape[-1], *image.shape[1:]), device=image.device)
+        whole.narrow(1 + slab.axis, slab.first, slab.values.shape[slab.axis]).copy_(slab.values.movedim(-1, 0))
+    return whole
+
+
+def slabs(
+    image: Tensor, stream: Stream, windowing: Windowing, *, progress: Callable[[int, int], None] | None = None
+) -> Iterator[Slab]:
+    """`blend` in pieces along `windowing.axis`, each as soon as no later window sees it.
+
+    Args:
+        image: see `blend`.
+        stream: see `blend`.
+        windowing: see `blend`.
+        progress: see `blend`.
+
+    Yields:
+        Slabs in order, which cover the volume; none where every window was left out.
+
+    Raises:
+        ShapeError: see `blend`.
     """
     if image.ndim != 4 or image.numel() == 0 or image.dtype != torch.float32:
         raise ShapeError(f"an image to blend must be (C, X, Y, Z) float32, got {tuple(image.shape)} {image.dtype}.")
-    if batch < 1:
-        raise OptionError(f"a batch holds at least one window, got {batch}.")
-    shape: Size = (image.shape[1], image.shape[2], image.shape[3])
-    boxes = [_box(start, window) for start in window_starts(shape, window, overlap)]
-    padded, inside = _padded(image, window, outside)
-    importance = gaussian_importance(window)
-    weights = torch.zeros(padded.shape[1:])
-    logits = torch.empty(0)
-    for done, group in _groups(boxes, batch):
-        answers = _answers(network, padded, group)
-        if not logits.numel():
-            logits = torch.zeros(answers.shape[1], *padded.shape[1:])
-        for box, answer in zip(group, answers, strict=True):
-            _add_weighted(logits[:, *box], answer, importance)
-            weights[box] += importance
+    padded, inside = _padded(image, windowing)
+    shape: Size = (padded.shape[1], padded.shape[2], padded.shape[3])
+    boxes = [_box(start, windowing.window) for start in windowing.starts(shape)]
+    if windowing.skip_empty:
+        boxes = [box for box in boxes if padded[:, *box].amin() != padded[:, *box].amax()]
+    blended: _Blended | None = None
+    answers = stream(padded[:, *box].contiguous() for box in boxes)
+    for done, (box, answer) in enumerate(zip(boxes, answers, strict=True), 1):
+        _require_answer(answer, windowing.window)
+        if blended is None:
+            blended = _Blended(shape, windowing, features=len(answer), device=image.device)
+        yield from blended.finished(box[windowing.axis].start, inside)
+        blended.add(box, answer)
         if progress is not None:
             progress(done, len(boxes))
-    return logits.div_(weights)[:, *inside]
+    if blended is not None:
+        yield from blended.finished(shape[windowing.axis], inside)
 
 
-def _add_weighted(total: Tensor, answer: Tensor, importance: Tensor) -> None:
-    """total += answer * importance, (K, X, Y, Z), rounded twice as MONAI does.
+class _Blended:
+    """Sums of answers and of their weights over one window's thickness, and the last finished plane in front of it.
 
-    A fused multiply-add rounds once, which adds up to 1.1e-5 at overlap 0.9. Class by class the product stays in the
-    cache and is as fast as the fused form.
+    Args:
+        shape: (X, Y, Z) of the padded volume.
+        windowing: thickness, axis.
+        features: F.
+        device: of the sums.
     """
-    for sum_of_class, answer_of_class in zip(total, answer, strict=True):
-        sum_of_class += answer_of_class * importance
+
+    def __init__(self, shape: Size, windowing: Windowing, *, features: int, device: torch.device) -> None:
+        self._axis, self._skipped = windowing.axis, windowing.skip_empty
+        self._importance = gaussian_importance(windowing.window).to(device)
+        thick = list(shape)
+        thick[self._axis] = windowing.window[self._axis] + 1
+        self._sums = torch.zeros((*thick, features), device=device)
+        self._weights = torch.zeros(thick, device=device)
+        self._first = 0  # place in the volume of plane 1 of the sums
+
+    def add(self, box: Box, answer: Tensor) -> None:
+        """sums += answer * importance, rounded twice as MONAI does, a plane at a time so that products stay in the cache."""
+        x, y, z = (
+            slice(part.start - self._first + 1, part.stop - self._first + 1) if axis == self._axis else part
+            for axis, part in enumerate(box)
+        )
+        self._weights[x, y, z] += self._importance
+        sums, planes = self._sums[x, y, z], answer.movedim(0, -1)
+        product = torch.empty_like(sums[0], memory_format=torch.contiguous_format)
+        for total, plane, importance in zip(sums, planes, self._importance, strict=True):
+            torch.mul(plane, importance[..., None], out=product)
+            total += product
+
+    def finished(self, end: int, inside: Box) -> Iterator[Slab]:
+        """The planes in front of `end`, which then leave; cropped to the volume without its padding."""
+        while self._first < end:
+            number = min(
+                end - self._first, self._weights.shape[self._axis] - 1
+            )  # fewer than all behind skipped windows
+            sums, weights = (tensor.narrow(self._axis, 1, number) for tensor in (self._sums, self._weights))
+            sums /= weights.where(weights > 0, 1.0)[..., None]
+            yield self._slab(number, inside)
+            for tensor in (self._sums, self._weights):
+                _shift(tensor, self._axis, number)
+            self._first += number
+
+    def _slab(self, number: int, inside: Box) -> Slab:
+        carried = min(self._first, 1)
+        values, weights = (
+            tensor.narrow(self._axis, 1 - carried, number + carried) for tensor in (self._sums, self._weights)
+        )
+        crop = tuple(
+            slice(None) if axis == self._axis and part.stop > size else part
+            for axis, (part, size) in enumerate(zip(inside, weights.shape, strict=True))
+        )
+        seen = weights[crop] > 0 if self._skipped else None
+        return Slab(self._axis, self._first - carried, values[crop], seen)
+
+
+def _shift(tensor: Tensor, axis: int, number: int) -> None:
+    """Planes move `number` places to the front, in place and one by one; zeros follow."""
+    size = tensor.shape[axis]
+    for place in range(size - number):
+        tensor.select(axis, place).copy_(tensor.select(axis, place + number))
+    tensor.narrow(axis, size - number, number).zero_()
 
 
 def _box(start: Size, window: Size) -> Box:
@@ -154,37 +271,22 @@ def _box(start: Size, window: Size) -> Box:
     return x, y, z
 
 
-def _groups(boxes: list[Box], batch: int) -> Iterator[tuple[int, list[Box]]]:
-    """Boxes in batches, each with the number of boxes up to its end."""
-    for first in range(0, len(boxes), batch):
-        group = boxes[first : first + batch]
-        yield first + len(group), group
-
-
-def _padded(image: Tensor, window: Size, outside: float) -> tuple[Tensor, Box]:
+def _padded(image: Tensor, windowing: Windowing) -> tuple[Tensor, Box]:
     """The image with no axis shorter than the window, and where in it the image lies."""
-    missing = [max(width - size, 0) for width, size in zip(window, image.shape[1:], strict=True)]
+    missing = [max(width - size, 0) for width, size in zip(windowing.window, image.shape[1:], strict=True)]
     before = [lack // 2 for lack in missing]
     x, y, z = (slice(first, first + size) for first, size in zip(before, image.shape[1:], strict=True))
     if not any(missing):
         return image, (x, y, z)
     padding = [side for lack in reversed(missing) for side in (lack // 2, lack - lack // 2)]
-    return torch.nn.functional.pad(image, padding, value=outside), (x, y, z)
+    return torch.nn.functional.pad(image, padding, value=windowing.outside), (x, y, z)
 
 
-def _answers(network: Network, padded: Tensor, group: list[Box]) -> Tensor:
-    """(n, K, X, Y, Z) logits of the windows in `group`."""
-    windows = torch.stack([padded[:, *box] for box in group]).numpy()
-    answers = network(windows)
-    _require_answers(answers, windows)
-    return torch.from_numpy(np.require(answers, requirements="W"))  # torch warns of memory it may not write
-
-
-def _require_answers(answers: NDArray[Any], windows: NDArray[np.float32]) -> None:
-    if answers.ndim != 5 or answers.size == 0 or len(answers) != len(windows) or answers.shape[2:] != windows.shape[2:]:
+def _require_answer(answer: Tensor, window: Size) -> None:
+    if answer.ndim != 4 or not answer.numel() or tuple(answer.shape[1:]) != tuple(window):
         raise ShapeError(
-            f"the network was given windows {windows.shape} and must answer (n, K, X, Y, Z) on the same voxels, "
-            f"got {answers.shape}."
+            f"the network was given windows of {tuple(window)} voxels and must answer (F, X, Y, Z) on the same voxels, "
+            f"got {tuple(answer.shape)}."
         )
-    if answers.dtype != np.float32:
-        raise ShapeError(f"the network must answer float32 logits, got {answers.dtype}.")
+    if answer.dtype not in ANSWERS:
+        raise ShapeError(f"the network must answer float32, uint8 or int8, got {answer.dtype}.")

@@ -104,7 +104,7 @@ def test_the_image_itself_stays_as_it_is() -> None:
 def test_orientation_alone_is_undone_to_the_bit(shape: tuple[int, int, int], affine: np.ndarray, axcodes: str) -> None:
     labels = Volume(np.random.default_rng(0).integers(0, 200, (1, *shape)).astype(np.uint8), affine)
     preprocessing = Preprocessing(axcodes)
-    back = preprocessing.restore_labels(preprocessing.apply_labels(labels).data[0], labels)
+    back = preprocessing.restore_labels(preprocessing.apply_labels(labels).data[0], labels.grid)
     np.testing.assert_array_equal(back.data, labels.data)
     np.testing.assert_array_equal(back.affine, affine)
 
@@ -126,7 +126,7 @@ def test_restored_labels_agree_away_from_boundaries(
     labels = Volume(np.where(side > 0, 7, 2).astype(np.uint8)[None], affine)
     preprocessing = Preprocessing(axcodes, spacing)
     moved = preprocessing.apply_labels(labels)
-    back = preprocessing.restore_labels(moved.data[0], labels)
+    back = preprocessing.restore_labels(moved.data[0], labels.grid)
     assert back.shape == shape
     assert back.data.dtype == np.uint8
     np.testing.assert_array_equal(back.affine, affine)
@@ -140,7 +140,7 @@ def test_finer_grids_lose_no_label_of_real_files(shared: Path, file: str) -> Non
     labels = load_labels(shared / "data" / file)
     half = tuple(size / 2 for size in labels.spacing)
     preprocessing = Preprocessing(labels.orientation, half)
-    back = preprocessing.restore_labels(preprocessing.apply_labels(labels).data[0], labels)
+    back = preprocessing.restore_labels(preprocessing.apply_labels(labels).data[0], labels.grid)
     np.testing.assert_array_equal(back.data, labels.data)
     np.testing.assert_array_equal(back.affine, labels.affine)
 
@@ -163,7 +163,7 @@ def test_image_and_labels_share_the_preprocessed_grid(
 def test_labels_of_another_grid_are_not_restored() -> None:
     original = Volume(noise((1, 4, 5, 6)), np.eye(4))
     with pytest.raises(ShapeError, match=r"\(2, 3, 4\), got \(4, 5, 6\)"):
-        Preprocessing("RAS", (2.0, 2.0, 2.0)).restore_labels(np.zeros((4, 5, 6), np.uint8), original)
+        Preprocessing("RAS", (2.0, 2.0, 2.0)).restore_labels(np.zeros((4, 5, 6), np.uint8), original.grid)
 
 
 def test_preprocessing_needs_two_copies_of_the_result_at_most() -> None:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, Self, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 from ptq3d.errors import ShapeError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from ptq3d.engines.heads import Classifier
+    from ptq3d.graphs.split_head import Head
 
 Windows = npt.NDArray[np.float32]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -24,12 +31,12 @@ class EngineSpec:
     Args:
         channels: C of its input.
         window: (X, Y, Z) of its input and output, in voxels.
-        classes: K of its output.
+        features: F of its output; where its head was taken off fewer than it has classes.
     """
 
     channels: int
     window: tuple[int, int, int]
-    classes: int
+    features: int
 
 
 @dataclass(frozen=True)
@@ -40,11 +47,14 @@ class EngineOptions:
         device: the runtime's own name of it ("CPU", "cuda:0"); "auto" is the backend's first choice.
         precision: of what the graph itself does not quantize.
         threads: CPU threads, 0 for all.
+        streams: windows that `Engine.stream` computes at a time, each with its share of the threads; a single window then takes
+            longer, all together less. An engine that computes one at a time leaves it alone.
     """
 
     device: str = "auto"
     precision: Precision = "fp32"
     threads: int = 0
+    streams: int = 1
 
 
 @dataclass(frozen=True)
@@ -72,13 +82,37 @@ class Engine(Protocol):
     def spec(self) -> EngineSpec:
         """The shapes it takes and gives."""
 
+    @property
+    def head(self) -> Head:
+        """What makes logits of its features; `Head.none` where it gives logits."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where `stream` and the classifiers want their tensors."""
+
     def __call__(self, windows: Windows) -> Windows:
-        """Logits (n, K, X, Y, Z) float32 of windows (n, C, X, Y, Z) float32.
+        """Features (n, F, X, Y, Z) of windows (n, C, X, Y, Z) float32: float32, or the integers that a late head reads.
+
+        Where the head is in the graph they are the logits, always float32.
 
         Raises:
             ShapeError: another shape or dtype.
             EngineError: the runtime failed, or the engine is closed.
         """
+
+    def stream(self, windows: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Answers to windows (C, X, Y, Z) float32 on `device`, in their order, while the next ones are computed.
+
+        Yields:
+            (F, X, Y, Z) float32, int8 or uint8 in any memory order; valid until the next one is asked for.
+
+        Raises:
+            ShapeError: another shape or dtype.
+            EngineError: the runtime failed, or the engine is closed.
+        """
+
+    def classifier(self, head: Head) -> Classifier:
+        """Head and argmax on this runtime; `head` is the engine's own, or one that joins several engines'."""
 
     def layers(self) -> tuple[LayerReport, ...]:
         """Every multiplying layer with the precision in which it runs, as the runtime reports it."""
@@ -121,17 +155,18 @@ class Backend(Protocol):
         """
 
 
-def require_windows(windows: Windows, spec: EngineSpec) -> None:
+def require_windows(windows: Windows | Tensor, spec: EngineSpec) -> None:
     """Check the input of an engine.
 
     Raises:
         ShapeError: not (n >= 1, C, X, Y, Z) float32 of the engine's channels and window.
     """
     wanted = (spec.channels, *spec.window)
-    if windows.ndim != 5 or windows.shape[1:] != wanted or not len(windows) or windows.dtype != np.float32:
+    kind = str(windows.dtype).removeprefix("torch.")
+    if windows.ndim != 5 or tuple(windows.shape[1:]) != wanted or not len(windows) or kind != "float32":
         shape = " x ".join(str(size) for size in wanted)
         raise ShapeError(
-            f"this engine takes windows of shape (n, {shape}) float32, it was given {windows.shape} {windows.dtype}."
+            f"this engine takes windows of shape (n, {shape}) float32, it was given {tuple(windows.shape)} {kind}."
         )
 
 

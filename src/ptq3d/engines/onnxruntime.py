@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from ptq3d.engines.base import EngineOptions, EngineSpec, LayerReport, Windows, require_windows
+from ptq3d.engines.heads import Classifier, classifier, head_layer, load_head
 from ptq3d.errors import EngineError, OptionError, UnavailableError
 from ptq3d.graphs.files import load_graph, save_graph, static_input_shape
 from ptq3d.graphs.layers import Layer, layers, shape_of
 from ptq3d.graphs.passes import simplify
+from ptq3d.graphs.split_head import Head
 
 ARTEFACT = "model.onnx"
 CARRIERS = frozenset({"Transpose", "QuantizeLinear", "DequantizeLinear", "Relu"})
@@ -104,25 +110,45 @@ class OnnxRuntimeEngine:
         batch, channels, x, y, z = static_input_shape(model)
         self._batch = batch
         self._spec = EngineSpec(channels, (x, y, z), shape_of(model.graph.outputs[0])[1])
+        self._head = load_head(path.parent) or Head.none(self._spec.features)
 
     @property
     def spec(self) -> EngineSpec:
         """The shapes it takes and gives."""
         return self._spec
 
+    @property
+    def head(self) -> Head:
+        """What makes logits of its features."""
+        return self._head
+
+    @property
+    def device(self) -> torch.device:
+        """The CPU."""
+        return torch.device("cpu")
+
     def __call__(self, windows: Windows) -> Windows:
-        """Logits of windows; see `Engine`."""
+        """Features of windows; see `Engine`."""
         if self._session is None:
             raise EngineError("this ONNX Runtime engine is closed. Open the artefact again.")
         require_windows(windows, self._spec)
         name = self._session.get_inputs()[0].name
         output = self._session.get_outputs()[0].name
-        pieces = [self._session.run([output], {name: window[None]})[0] for window in windows]
-        return np.concatenate(pieces).astype(np.float32, copy=False)
+        return np.concatenate([self._session.run([output], {name: window[None]})[0] for window in windows])
+
+    def stream(self, windows: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Answers to windows, one after the other; see `Engine`."""
+        for window in windows:
+            yield torch.from_numpy(self(window[None].numpy()))[0]
+
+    def classifier(self, head: Head) -> Classifier:
+        """Head and argmax on the CPU."""
+        return classifier(head, self.device)
 
     def layers(self) -> tuple[LayerReport, ...]:
         """Every multiplying layer; INT8 where ONNX Runtime made an integer operator of it."""
-        return tuple(LayerReport(layer.name, *self._ran_as(layer), layer.macs) for layer in self._layers)
+        found = [LayerReport(layer.name, *self._ran_as(layer), layer.macs) for layer in self._layers]
+        return (*found, *head_layer(self._head, math.prod(self._spec.window)))
 
     def _ran_as(self, layer: Layer) -> tuple[str, str]:
         """(operator, precision): a fused integer layer gives the tensor of the QuantizeLinear that follows it."""

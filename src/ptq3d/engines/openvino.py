@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from ptq3d.engines.base import EngineOptions, EngineSpec, LayerReport, Precision, Windows, require_windows
+from ptq3d.engines.heads import ROWS, Classifier, head_layer, label_type, load_head
 from ptq3d.errors import EngineError, GraphError, OptionError, UnavailableError
 from ptq3d.graphs.files import load_graph, save_graph
 from ptq3d.graphs.passes import simplify, unsigned_activations
+from ptq3d.graphs.split_head import Head
 
 os.environ.setdefault("OPENVINO_TELEMETRY_OPT_OUT", "1")
 PRECISIONS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 REPORTED = {"u8": "int8", "i8": "int8", "f32": "fp32", "bf16": "bf16", "f16": "fp16"}
 ARTEFACT = "model.xml"
+WAITING = 2  # requests beside those that run: one whose answer is being read, one that runs next
+SHARE = 4  # one in so many threads is for what is done with the answers of `stream`
 
 
 def unavailable() -> str | None:
@@ -85,8 +93,21 @@ def open(folder: Path, options: EngineOptions) -> OpenVinoEngine:
     if device.split(".")[0] not in {name.split(".")[0] for name in core.available_devices}:
         raise UnavailableError(f"OpenVINO has no device '{device}' here, only: {', '.join(core.available_devices)}.")
     with _engine_errors(f"OpenVINO cannot load {folder / ARTEFACT}"):
-        model = core.read_model(folder / ARTEFACT)
-        return OpenVinoEngine(model, core.compile_model(model, device, _settings(options)))
+        model = channels_last(core.read_model(folder / ARTEFACT))
+        return OpenVinoEngine(model, core.compile_model(model, device, _settings(options)), load_head(folder), options)
+
+
+def channels_last(model: Any) -> Any:
+    """The model with channels as the last axis of its output, as OpenVINO's own kernels have them.
+
+    Saves the turning of every answer: .02 s of .18 s for 16 features of 96^3 voxels.
+    """
+    from openvino import Layout, preprocess
+
+    changed = preprocess.PrePostProcessor(model)
+    changed.output(0).model().set_layout(Layout("NCDHW"))
+    changed.output(0).tensor().set_layout(Layout("NDHWC"))
+    return changed.build()
 
 
 def _settings(options: EngineOptions) -> dict[str, Any]:
@@ -98,46 +119,110 @@ def _settings(options: EngineOptions) -> dict[str, Any]:
     }
     if options.threads:
         settings["INFERENCE_NUM_THREADS"] = options.threads
+    if options.streams > 1:
+        settings["NUM_STREAMS"] = options.streams
     return settings
 
 
 class OpenVinoEngine:
     """A compiled network; windows go in and come out without copies beyond the result."""
 
-    def __init__(self, model: Any, compiled: Any) -> None:
+    def __init__(self, model: Any, compiled: Any, head: Head | None, options: EngineOptions) -> None:
         self._model, self._compiled = model, compiled
-        self._request = compiled.create_infer_request()
+        self._beside = max((options.threads or os.cpu_count() or 1) // SHARE, 1)
+        self._requests = [compiled.create_infer_request() for _ in range(options.streams + WAITING)]
         shape, output = model.input(0).get_shape(), model.output(0).get_shape()
         self._batch = int(shape[0])
-        self._spec = EngineSpec(int(shape[1]), (int(shape[2]), int(shape[3]), int(shape[4])), int(output[1]))
+        self._spec = EngineSpec(int(shape[1]), (int(shape[2]), int(shape[3]), int(shape[4])), int(output[-1]))
+        self._head = head or Head.none(self._spec.features)
 
     @property
     def spec(self) -> EngineSpec:
         """The shapes it takes and gives."""
         return self._spec
 
+    @property
+    def head(self) -> Head:
+        """What makes logits of its features."""
+        return self._head
+
+    @property
+    def device(self) -> torch.device:
+        """Tensors stay in the host's memory, whatever OpenVINO's own device is."""
+        return torch.device("cpu")
+
     def __call__(self, windows: Windows) -> Windows:
-        """Logits of windows; see `Engine`."""
-        if self._request is None:
-            raise EngineError("this OpenVINO engine is closed. Open the artefact again.")
+        """Features of windows; see `Engine`."""
+        self._require_open()
         require_windows(windows, self._spec)
-        logits = np.empty((len(windows), self._spec.classes, *self._spec.window), np.float32)
+        answers = []
         for start in range(0, len(windows), self._batch):
             piece = windows[start : start + self._batch]
             with _engine_errors("OpenVINO failed while it ran the network"):
-                result = self._request.infer({0: _padded(piece, self._batch)}, share_inputs=True, share_outputs=True)
-            logits[start : start + len(piece)] = result[0][: len(piece)]
-        return logits
+                result = self._requests[0].infer(
+                    {0: _padded(piece, self._batch)}, share_inputs=True, share_outputs=True
+                )
+            answers.append(result[0][: len(piece)].copy())
+        return np.moveaxis(answers[0] if len(answers) == 1 else np.concatenate(answers), -1, 1)
+
+    def stream(self, windows: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Answers to windows, the next ones computed meanwhile; views of OpenVINO's own memory. See `Engine`.
+
+        Until it ends, PyTorch is held to few threads: OpenVINO has the cores, and threads that wait for one another at the end of
+        every small operation would take ten times as long beside it.
+        """
+        self._require_open()
+        threads = torch.get_num_threads()
+        torch.set_num_threads(self._beside)
+        running: deque[tuple[Any, Windows, int]] = deque()  # OpenVINO reads the windows where they lie
+        pending = iter(windows)
+        try:
+            for free in itertools.cycle(self._requests):
+                group = list(itertools.islice(pending, self._batch))
+                if group:
+                    running.append((free, self._started(free, group), len(group)))
+                if running and (not group or len(running) == len(self._requests)):
+                    request, _, number = running.popleft()
+                    yield from self._answers(request, number)
+                elif not group:
+                    return
+        finally:
+            torch.set_num_threads(threads)
+            for request, _, _ in running:
+                request.cancel()
+
+    def _started(self, request: Any, group: Sequence[Tensor]) -> Windows:
+        piece: Windows = torch.stack(list(group)).numpy() if len(group) > 1 else group[0][None].numpy()
+        require_windows(piece, self._spec)
+        piece = _padded(piece, self._batch)
+        with _engine_errors("OpenVINO failed while it ran the network"):
+            request.start_async({0: piece}, share_inputs=True)
+        return piece
+
+    def _answers(self, request: Any, number: int) -> Tensor:
+        """(n, F, X, Y, Z), a view of what OpenVINO wrote."""
+        with _engine_errors("OpenVINO failed while it ran the network"):
+            request.wait()
+        return torch.from_numpy(request.get_output_tensor(0).data[:number]).movedim(-1, 1)
+
+    def classifier(self, head: Head) -> Classifier:
+        """Head and argmax as an OpenVINO graph on the CPU: three times NumPy's speed for 133 classes."""
+        return _classifier(head, self._beside)
+
+    def _require_open(self) -> None:
+        if self._compiled is None:
+            raise EngineError("this OpenVINO engine is closed. Open the artefact again.")
 
     def layers(self) -> tuple[LayerReport, ...]:
         """Every multiplying layer with its precision in the execution graph."""
-        if self._compiled is None:
-            raise EngineError("this OpenVINO engine is closed. Open the artefact again.")
-        return tuple(_reports(self._model, _executed(self._compiled)))
+        self._require_open()
+        late = head_layer(self._head, math.prod(self._spec.window))
+        return (*_reports(self._model, _executed(self._compiled)), *late)
 
     def close(self) -> None:
         """Free the network."""
-        self._request = self._compiled = self._model = None
+        self._compiled = self._model = None
+        self._requests = []
 
     def __enter__(self) -> Self:
         return self
@@ -153,6 +238,34 @@ def _padded(windows: Windows, batch: int) -> Windows:
     if not missing:
         return np.ascontiguousarray(windows)
     return np.concatenate([windows, np.zeros((missing, *windows.shape[1:]), np.float32)])
+
+
+def _classifier(head: Head, threads: int) -> Classifier:
+    """Blocks of voxels through MatMul, Add and TopK; the last, shorter block is filled up."""
+    import openvino
+    from openvino import opset13 as ops
+
+    rows = ops.parameter([ROWS, head.features], np.float32)
+    logits = rows if head.weight is None else ops.add(ops.matmul(rows, head.weight, False, True), head.bias)
+    best = ops.topk(logits, np.int32(1), 1, "max", "none")
+    settings = _settings(EngineOptions("CPU", "fp32", threads))
+    compiled = openvino.Core().compile_model(openvino.Model([best.output(1)], [rows]), "CPU", settings)
+    request, kind = compiled.create_infer_request(), label_type(head.classes)
+
+    def classes_of(features: Tensor) -> Tensor:
+        values, found = features.contiguous().numpy(), torch.empty(len(features), dtype=kind)
+        for start in range(0, len(values), ROWS):
+            part = values[start : start + ROWS]
+            full = (
+                part
+                if len(part) == ROWS
+                else np.concatenate([part, np.zeros((ROWS - len(part), part.shape[1]), np.float32)])
+            )
+            best = request.infer({0: full}, share_inputs=True, share_outputs=True)[0]
+            found[start : start + ROWS] = torch.from_numpy(best[: len(part), 0])
+        return found
+
+    return classes_of
 
 
 def _executed(compiled: Any) -> dict[str, tuple[str, str]]:

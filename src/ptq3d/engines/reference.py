@@ -7,6 +7,7 @@ pairs with one scale move integers; everything else works on float32.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor
 from ptq3d import int8
 from ptq3d.engines import torch as eager
 from ptq3d.engines.base import EngineOptions, LayerReport
+from ptq3d.engines.heads import head_layer
 from ptq3d.engines.operators import OPERATORS
 from ptq3d.errors import EngineError, OptionError, UnavailableError
 from ptq3d.graphs.layers import WEIGHT_AXIS, layers
@@ -106,10 +108,11 @@ class ReferenceEngine(eager.TorchEngine):
         if self._model is None:
             raise EngineError("this engine is closed. Open the artefact again.")
         nodes = {str(node.name): node for node in self._model.graph}
-        return tuple(
+        found = [
             LayerReport(layer.name, layer.op, "int8" if _fed_by_integers(nodes[layer.name]) else "fp32", layer.macs)
             for layer in layers(self._model)
-        )
+        ]
+        return (*found, *head_layer(self._head, math.prod(self._spec.window)))
 
 
 def _real(value: Any) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -13,11 +15,13 @@ import torch
 from torch import Tensor
 
 from ptq3d.engines.base import EngineOptions, EngineSpec, LayerReport, Windows, require_windows
+from ptq3d.engines.heads import Classifier, classifier, head_layer, load_head
 from ptq3d.engines.operators import OPERATORS, attributes_of
 from ptq3d.errors import EngineError, GraphError, OptionError, UnavailableError
 from ptq3d.graphs.files import load_graph, static_input_shape
 from ptq3d.graphs.layers import layers, shape_of
 from ptq3d.graphs.passes import simplify
+from ptq3d.graphs.split_head import Head
 
 ARTEFACT = "model.onnx"
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -83,6 +87,7 @@ class TorchEngine:
         model = simplify(load_graph(path))
         _, channels, x, y, z = static_input_shape(model)
         self._spec = EngineSpec(channels, (x, y, z), shape_of(model.graph.outputs[0])[1])
+        self._head = load_head(path.parent) or Head.none(self._spec.features)
         self._model: ir.Model | None = model
         self._device, self._dtype = device, dtype
         self._constants = {str(value.name): self._constant(value) for value in model.graph.initializers.values()}
@@ -100,16 +105,33 @@ class TorchEngine:
         """The shapes it takes and gives."""
         return self._spec
 
-    @torch.inference_mode()
+    @property
+    def head(self) -> Head:
+        """What makes logits of its features."""
+        return self._head
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self._device
+
     def __call__(self, windows: Windows) -> Windows:
-        """Logits of windows; see `Engine`."""
-        if self._model is None:
-            raise EngineError("this engine is closed. Open the artefact again.")
+        """Features of windows; see `Engine`."""
         require_windows(windows, self._spec)
-        logits = [
-            self._run(torch.from_numpy(window[None]).to(self._device)).float().cpu().numpy() for window in windows
-        ]
-        return np.concatenate(logits)
+        pieces = (torch.from_numpy(window).to(self._device) for window in windows)
+        return np.stack([answer.cpu().numpy() for answer in self.stream(pieces)])
+
+    def stream(self, windows: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Answers to windows, which stay on the device; see `Engine`."""
+        for window in windows:
+            require_windows(window[None], self._spec)
+            with torch.inference_mode():
+                answer = self._run(window[None])[0]
+            yield answer if answer.dtype in LIMITS else answer.float()
+
+    def classifier(self, head: Head) -> Classifier:
+        """Head and argmax on the engine's device."""
+        return classifier(head, self._device)
 
     def _run(self, x: Tensor) -> Tensor:
         if self._model is None:
@@ -149,7 +171,8 @@ class TorchEngine:
         if self._model is None:
             raise EngineError("this engine is closed. Open the artefact again.")
         names = {dtype: name for name, dtype in TYPES.items()}
-        return tuple(LayerReport(layer.name, layer.op, names[self._dtype], layer.macs) for layer in layers(self._model))
+        found = [LayerReport(layer.name, layer.op, names[self._dtype], layer.macs) for layer in layers(self._model)]
+        return (*found, *head_layer(self._head, math.prod(self._spec.window)))
 
     def close(self) -> None:
         """Free the graph and its weights."""

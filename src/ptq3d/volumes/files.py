@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq3d.errors import FileError, GeometryError, IntensityError, LabelError, ShapeError
-from ptq3d.volumes.volume import Affine, Volume
+from ptq3d.volumes.volume import Affine, Grid, Volume, valid_affine
 
 if TYPE_CHECKING:
     import nibabel
@@ -33,10 +33,12 @@ class Format:
 
     Attributes:
         read: path -> array and affine; raises FileError or GeometryError.
+        grid: path -> shape and affine from the header alone; raises as `read`.
         write: (path, voxels (X, Y, Z), affine) -> the file; raises OSError.
     """
 
     read: Callable[[Path], Voxels]
+    grid: Callable[[Path], tuple[tuple[int, ...], Affine]]
     write: Callable[[Path, NDArray[Any], Affine], None]
 
 
@@ -64,6 +66,23 @@ def load_image(path: Path) -> Volume:
             "float32; replace them (for example with the value of air) and save the file again."
         )
     return _volume(path, voxels, affine)
+
+
+def load_grid(path: Path) -> Grid:
+    """Where the voxels of a file lie, from its header alone.
+
+    Raises:
+        FileError: missing, unreadable, of an unknown kind, or not one 3D volume.
+        GeometryError: singular affine or zero spacing.
+    """
+    path = _require_file(path)
+    shape, affine = FORMATS[_suffix(path)].grid(path)
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    if len(shape) != 3 or 0 in shape:
+        raise FileError(f"{path}: wanted one 3D volume, got shape {shape}; split or stack it into 3D files first.")
+    x, y, z = shape
+    return (x, y, z), valid_affine(affine)
 
 
 def load_labels(path: Path) -> Volume:
@@ -149,11 +168,16 @@ def _suffix(path: Path) -> str:
     return suffix
 
 
-def _read(path: Path) -> Voxels:
-    """The single 3D array of real numbers in a file, and its affine."""
+def _require_file(path: Path) -> Path:
     path = Path(path)
     if not path.is_file():
         raise FileError(f"{path}: {'a folder' if path.is_dir() else 'no such file'}; give a volume file.")
+    return path
+
+
+def _read(path: Path) -> Voxels:
+    """The single 3D array of real numbers in a file, and its affine."""
+    path = _require_file(path)
     data, affine = FORMATS[_suffix(path)].read(path)
     shape = data.shape
     while data.ndim > 3 and data.shape[-1] == 1:
@@ -181,7 +205,6 @@ def read_nifti(path: Path) -> Voxels:
         FileError: nibabel cannot read it, it ends before its last voxel, or its checksum is wrong.
         GeometryError: the header gives a voxel size of zero, which nibabel would quietly take for 1 mm.
     """
-    import nibabel
     from nibabel.filebasedimages import ImageFileError
     from nibabel.spatialimages import HeaderDataError
     from nibabel.wrapstruct import WrapStructError
@@ -190,10 +213,7 @@ def read_nifti(path: Path) -> Voxels:
         content = path.read_bytes()
         if path.suffix.lower() == ".gz":
             content = gzip.decompress(content)  # to its end, where the checksum is: nibabel stops at the last voxel
-        kinds = (nibabel.Nifti1Image, nibabel.Nifti2Image)
-        kind = next((kind for kind in kinds if kind.header_class.may_contain_header(content)), None)
-        if kind is None:
-            raise ImageFileError(f"no NIfTI header in its first {len(content[:540])} bytes")
+        kind = _nifti_kind(content)
         _require_voxel_sizes(path, kind.header_class.from_fileobj(BytesIO(content), check=False))
         image = kind.from_bytes(content)
         _require_voxels(path, image.header, len(content))
@@ -210,6 +230,41 @@ def read_nifti(path: Path) -> Voxels:
     ) as error:
         raise FileError(
             f"{path} is no readable NIfTI file, or it is truncated ({type(error).__name__}: {error}); copy it again."
+        ) from error
+
+
+def _nifti_kind(content: bytes) -> Any:
+    """The nibabel class of a file that starts like this."""
+    import nibabel
+    from nibabel.filebasedimages import ImageFileError
+
+    kinds = (nibabel.Nifti1Image, nibabel.Nifti2Image)
+    kind = next((kind for kind in kinds if kind.header_class.may_contain_header(content)), None)
+    if kind is None:
+        raise ImageFileError(f"no NIfTI header in its first {len(content[:540])} bytes")
+    return kind
+
+
+def read_nifti_grid(path: Path) -> tuple[tuple[int, ...], Affine]:
+    """Shape and affine of NIfTI-1 and NIfTI-2.
+
+    Raises:
+        FileError: nibabel cannot read its header.
+        GeometryError: a voxel size of zero.
+    """
+    import nibabel
+    from nibabel.filebasedimages import ImageFileError
+    from nibabel.spatialimages import HeaderDataError
+
+    try:
+        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
+            start = file.read(540)
+        _require_voxel_sizes(path, _nifti_kind(start).header_class.from_fileobj(BytesIO(start), check=False))
+        image = nibabel.load(path)
+        return tuple(map(int, image.shape)), image.affine
+    except (ImageFileError, HeaderDataError, EOFError, OSError, ValueError, zlib.error) as error:
+        raise FileError(
+            f"{path} is no readable NIfTI file ({type(error).__name__}: {error}); copy it again."
         ) from error
 
 
@@ -254,7 +309,7 @@ def write_nifti(path: Path, voxels: NDArray[Any], affine: Affine) -> None:
 
 
 FORMATS: dict[str, Format] = {
-    ".nii.gz": Format(read_nifti, write_nifti),
-    ".nii": Format(read_nifti, write_nifti),
+    ".nii.gz": Format(read_nifti, read_nifti_grid, write_nifti),
+    ".nii": Format(read_nifti, read_nifti_grid, write_nifti),
 }
 """Kinds of files by the end of their name. Open: a new kind is two functions and one row."""

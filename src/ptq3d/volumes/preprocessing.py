@@ -198,12 +198,12 @@ class Preprocessing:
         moved = resample_onto(labels, *self.grid(labels.grid), mode="nearest")
         return Volume(np.ascontiguousarray(moved.data), moved.affine)
 
-    def restore_labels(self, labels: NDArray[Any], original: Volume) -> Volume:
+    def restore_labels(self, labels: NDArray[Any], original: Grid) -> Volume:
         """Labels from the preprocessed grid back on the grid of the file, from the nearest voxel.
 
         Args:
-            labels: (X, Y, Z) unsigned integers on `grid(original.grid)`.
-            original: the volume as loaded; its voxels are not read.
+            labels: (X, Y, Z) unsigned integers on `grid(original)`.
+            original: the grid of the volume as loaded.
 
         Returns:
             (1, X, Y, Z) in the dtype of `labels`; shape and affine are those of `original`.
@@ -211,11 +211,11 @@ class Preprocessing:
         Raises:
             ShapeError: `labels` do not have the shape of the preprocessed grid.
         """
-        shape, affine = self.grid(original.grid)
+        shape, affine = self.grid(original)
         if labels.shape != shape:
             raise ShapeError(f"labels to restore must lie on the preprocessed grid {shape}, got {labels.shape}.")
-        moved = resample_onto(Volume(labels[None], affine), *original.grid, mode="nearest")
-        return Volume(np.ascontiguousarray(moved.data), original.affine)
+        moved = resample_onto(Volume(labels[None], affine), *original, mode="nearest")
+        return Volume(np.ascontiguousarray(moved.data), original[1])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON or TOML; `from_dict` gives the same object back."""

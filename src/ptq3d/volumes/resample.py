@@ -227,19 +227,29 @@ def resample_slabs(volume: Volume, shape: Shape, affine: Affine, *, mode: Mode) 
     if mode == "linear" and volume.data.dtype != np.float32:
         raise ShapeError(f"linear resampling needs float32 voxels, got {volume.data.dtype}; use mode 'nearest'.")
     to_source = voxel_map(volume.affine, affine)
-    axes = _parallel_axes(to_source, shape, sizes=volume.shape, mode=mode)
+    axes = parallel_axes(to_source, shape, sizes=volume.shape, mode=mode)
     return _oblique_slabs(volume, shape, to_source, mode) if axes is None else _parallel_slabs(volume.data, axes)
 
 
 @dataclass(frozen=True)
-class _Axis:
-    """One axis of the result: the axis of the source it runs along, and the neighbours of each of its voxels."""
+class Axis:
+    """One axis of the result: the axis of the source it runs along, and the neighbours of each of its voxels.
+
+    Args:
+        source: 0..2.
+        lower: (n,) index along the source axis.
+        upper: (n,) the next index; `lower` itself at the border and where `weight` is None.
+        weight: (n,) float32 of the upper neighbour; None where every voxel has a single neighbour.
+        whole: every voxel is the source's voxel of the same index.
+        inside: (n,) whether the voxel's centre lies in the source, half a voxel around its outer ones included.
+    """
 
     source: int
     lower: NDArray[np.intp]
     upper: NDArray[np.intp]
-    weight: NDArray[np.float32] | None  # of the upper neighbour; None where every voxel has a single neighbour
-    whole: bool  # every voxel is the source's voxel of the same index
+    weight: NDArray[np.float32] | None
+    whole: bool
+    inside: NDArray[np.bool_]
 
     def sample(self, data: NDArray[Any], axis: int, part: slice = slice(None)) -> NDArray[Any]:
         """`data` along `axis` at the coordinates in `part` of this axis."""
@@ -257,8 +267,8 @@ class _Axis:
         return result
 
 
-def _parallel_axes(to_source: Affine, shape: Shape, *, sizes: Shape, mode: Mode) -> list[_Axis] | None:
-    """The three axes of the result, or None where one of them runs along none of the source's.
+def parallel_axes(to_source: Affine, shape: Shape, *, sizes: Shape, mode: Mode) -> list[Axis] | None:
+    """The three axes of the result, or None where one of them runs along none of the source's (sheared grids).
 
     Args:
         to_source: (4, 4), voxel of the result -> voxel of the source.
@@ -282,21 +292,23 @@ def _parallel_axes(to_source: Affine, shape: Shape, *, sizes: Shape, mode: Mode)
     ]
 
 
-def _axis(source: int, places: NDArray[np.float64], size: int, mode: Mode) -> _Axis:
-    places = _snapped(places, size)
+def _axis(source: int, places: NDArray[np.float64], size: int, mode: Mode) -> Axis:
+    inside = (places >= -0.5) & (places <= size - 0.5)
+    places = snapped(places, size)
     lower = _nearest(places, size) if mode == "nearest" else np.floor(places).astype(np.intp)
     weight = (places - lower).astype(np.float32)
     exact = mode == "nearest" or not weight.any()
-    return _Axis(
+    return Axis(
         source=source,
         lower=lower,
-        upper=np.minimum(lower + 1, size - 1),
+        upper=lower if exact else np.minimum(lower + 1, size - 1),
         weight=None if exact else weight,
         whole=exact and np.array_equal(lower, np.arange(size)),
+        inside=inside,
     )
 
 
-def _snapped(places: NDArray[np.float64], size: int) -> NDArray[np.float64]:
+def snapped(places: NDArray[np.float64], size: int) -> NDArray[np.float64]:
     """Coordinates inside the volume, those within rounding noise of a whole number made whole."""
     whole = np.round(places)
     return np.clip(np.where(np.abs(places - whole) <= SNAP_VOXELS, whole, places), 0.0, size - 1.0)
@@ -307,7 +319,7 @@ def _nearest(places: NDArray[np.float64], size: int) -> NDArray[np.intp]:
     return np.minimum(np.floor(places + 0.5 + SNAP_VOXELS).astype(np.intp), size - 1)
 
 
-def _parallel_slabs(data: NDArray[Any], axes: list[_Axis]) -> Iterator[Slab]:
+def _parallel_slabs(data: NDArray[Any], axes: list[Axis]) -> Iterator[Slab]:
     """One axis after the other, slowest axis of the source's memory first."""
     data = data.transpose(0, *(1 + axis.source for axis in axes))
     order = sorted(range(3), key=lambda axis: -abs(data.strides[1 + axis]))
@@ -328,7 +340,7 @@ def _oblique_slabs(volume: Volume, shape: Shape, to_source: Affine, mode: Mode) 
     for x in range(shape[0]):
         voxels = np.stack([np.full(y.shape, x), y, z, np.ones(y.shape)])
         places = np.tensordot(to_source[:3], voxels, axes=1)
-        inside = [_snapped(place, size) for place, size in zip(places, volume.shape, strict=True)]
+        inside = [snapped(place, size) for place, size in zip(places, volume.shape, strict=True)]
         piece = _gather_nearest(volume.data, inside) if mode == "nearest" else _gather_linear(volume.data, inside)
         yield (everything, slice(x, x + 1), everything, everything), piece[:, None]
 

@@ -1,0 +1,201 @@
+"""The late head: a graph without its last linear map over channels, and that map.
+
+Blending windows and resampling linearly commute with a linear map over channels. So the few features in front of the map are
+blended and resampled, and the map with its many classes runs once a voxel: exact in real numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx_ir.passes import common
+
+from ptq3d.graphs.layers import groups, shape_of, weight_axis
+
+MONOTONE = frozenset(
+    {"Softmax", "LogSoftmax", "Sigmoid", "Identity"}
+)  # over classes: they leave the argmax where it is
+TO_LAST, TO_FIRST = [0, 2, 3, 4, 1], [0, 4, 1, 2, 3]
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """logits = weight @ features + bias, for each voxel.
+
+    Args:
+        weight: (K, F) float32; None where the features are the logits.
+        bias: (K,) float32.
+    """
+
+    weight: NDArray[np.float32] | None
+    bias: NDArray[np.float32]
+
+    @classmethod
+    def none(cls, classes: int) -> Head:
+        """The head of an engine that gives logits."""
+        return cls(None, np.zeros(classes, np.float32))
+
+    @property
+    def classes(self) -> int:
+        """K."""
+        return len(self.bias)
+
+    @property
+    def features(self) -> int:
+        """F."""
+        return self.classes if self.weight is None else self.weight.shape[1]
+
+    def matrix(self) -> NDArray[np.float32]:
+        """(K, F) float32, the identity for an engine that gives logits."""
+        return np.eye(self.classes, dtype=np.float32) if self.weight is None else self.weight
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """A graph in two, or why it stays whole.
+
+    Args:
+        body: gives (1, F, X, Y, Z) features: float32, or the 8-bit integers that the head reads; the whole graph where
+            there is no head to take off.
+        head: its scale and zero-point are folded into the map; None where the graph stays whole.
+        reason: for the manifest.
+    """
+
+    body: ir.Model
+    head: Head | None
+    reason: str
+
+
+def split_head(model: ir.Model) -> Split:
+    """Take the last linear map over channels off a graph, where its input is narrower than its output.
+
+    The map is a 1x1x1 convolution, or a product with constant weights between two transpositions; a softmax or sigmoid
+    behind it is dropped, since it does not move the argmax.
+
+    Args:
+        model: simplified, FP32 or Q/DQ; not changed.
+
+    Returns:
+        The two parts; equal to `model` (without what was dropped) within rounding of float32.
+    """
+    body = model.clone()
+    value = _before_monotone(body.graph.outputs[0])
+    found = _of_convolution(value) or _of_product(value)
+    if found is None:
+        kind = "nothing" if value.producer() is None else value.producer().op_type  # type: ignore[union-attr]
+        return Split(model, None, f"whole: the last layer is {kind}, no linear map over channels with constant weights")
+    features, weight, bias = found
+    if features.producer() is None:
+        return Split(model, None, "whole: the network is nothing but its last layer")
+    if weight.shape[1] >= weight.shape[0]:
+        return Split(
+            model, None, f"whole: {weight.shape[1]} features are no fewer than the {weight.shape[0]} classes they make"
+        )
+    features, weight, bias = _integers(features, weight, bias)
+    body.graph.outputs[:] = [features]
+    common.RemoveUnusedNodesPass()(body)
+    head = Head(weight.astype(np.float32), bias.astype(np.float32))
+    return Split(body, head, f"late head: {head.features} features for {head.classes} classes")
+
+
+_Map = tuple[ir.Value, NDArray[np.float64], NDArray[np.float64]]
+"""What a linear map reads, its weights (K, F) and its bias (K,)."""
+
+
+def _before_monotone(value: ir.Value) -> ir.Value:
+    node = value.producer()
+    while node is not None and node.op_type in MONOTONE and _over_channels(node) and node.inputs[0] is not None:
+        value = node.inputs[0]
+        node = value.producer()
+    return value
+
+
+def _over_channels(node: ir.Node) -> bool:
+    axis = node.attributes.get("axis")
+    rank = len(shape_of(node.outputs[0]))
+    return not node.op_type.endswith("Softmax") or (-1 if axis is None else axis.as_int()) % rank == 1
+
+
+def _of_convolution(value: ir.Value) -> _Map | None:
+    """A 1x1x1 convolution of constant weights; padding would make more voxels than it reads."""
+    node = value.producer()
+    if node is None or node.op_type != "Conv" or groups(node) != 1 or node.inputs[0] is None:
+        return None
+    weight = real_constant(node.inputs[1], weight_axis(node))
+    bias = real_constant(node.inputs[2], 0) if len(node.inputs) > 2 and node.inputs[2] is not None else None
+    same_voxels = shape_of(node.inputs[0])[2:] == shape_of(value)[2:]
+    if weight is None or weight.shape[2:] != (1, 1, 1) or not same_voxels:
+        return None
+    if bias is None:
+        if len(node.inputs) > 2 and node.inputs[2] is not None:
+            return None
+        bias = np.zeros(len(weight))
+    return node.inputs[0], weight[:, :, 0, 0, 0], bias
+
+
+def _of_product(value: ir.Value) -> _Map | None:
+    """Transpose -> MatMul with constant weights (-> Add of a constant) -> Transpose back."""
+    back = value.producer()
+    if back is None or not _permutes(back, TO_FIRST) or back.inputs[0] is None:
+        return None
+    node, bias = back.inputs[0].producer(), None
+    if node is not None and node.op_type == "Add":
+        bias = next((found for one in node.inputs if (found := real_constant(one, 0)) is not None), None)
+        sums = [one for one in node.inputs if one is not None and real_constant(one, 0) is None]
+        node = sums[0].producer() if len(sums) == 1 else None
+        if bias is None or bias.ndim != 1:
+            return None
+    weight = None if node is None or node.op_type != "MatMul" else real_constant(node.inputs[1], 1)
+    forth = None if node is None or node.inputs[0] is None else node.inputs[0].producer()
+    if weight is None or weight.ndim != 2 or forth is None or not _permutes(forth, TO_LAST) or forth.inputs[0] is None:
+        return None
+    return forth.inputs[0], weight.T, np.zeros(weight.shape[1]) if bias is None else bias
+
+
+def _permutes(node: ir.Node, order: list[int]) -> bool:
+    return node.op_type == "Transpose" and list(node.attributes["perm"].as_ints()) == order
+
+
+def real_constant(value: ir.Value | None, axis: int) -> NDArray[np.float64] | None:
+    """A constant, or a dequantized one, in real numbers; None where it depends on the input.
+
+    Args:
+        value: a weight or bias.
+        axis: of its scales, where it has one a channel and does not say.
+    """
+    if value is None:
+        return None
+    if value.const_value is not None:
+        return np.asarray(value.const_value.numpy(), np.float64)
+    node = value.producer()
+    if node is None or node.op_type != "DequantizeLinear":
+        return None
+    integers, step = real_constant(node.inputs[0], axis), real_constant(node.inputs[1], axis)
+    if integers is None or step is None:
+        return None
+    zero = real_constant(node.inputs[2], axis) if len(node.inputs) > 2 else np.zeros(())
+    given = node.attributes.get("axis")
+    shape = [1] * integers.ndim
+    if step.size > 1:
+        shape[axis if given is None else given.as_int()] = -1
+    return None if zero is None else (integers - _along(zero, shape)) * step.reshape(shape if step.size > 1 else ())
+
+
+def _along(zero: NDArray[np.float64], shape: list[int]) -> NDArray[np.float64]:
+    return zero.reshape(shape if zero.size > 1 else ())
+
+
+def _integers(features: ir.Value, weight: NDArray[np.float64], bias: NDArray[np.float64]) -> _Map:
+    """The integers behind dequantized features, a quarter of the bytes; (q - zero) * step goes into the map."""
+    node = features.producer()
+    if node is None or node.op_type != "DequantizeLinear" or node.inputs[0] is None:
+        return features, weight, bias
+    integers, step = node.inputs[0], real_constant(node.inputs[1], 0)
+    zero = real_constant(node.inputs[2], 0) if len(node.inputs) > 2 else np.zeros(())
+    if step is None or zero is None or step.size != 1 or integers.producer() is None:
+        return features, weight, bias
+    scaled = weight * step.reshape(())
+    return integers, scaled, bias - scaled.sum(axis=1) * zero.reshape(())

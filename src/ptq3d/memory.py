@@ -1,0 +1,31 @@
+"""What this process holds of the machine's memory."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+STATUS = Path("/proc/self/status")
+
+
+def peak_memory_bytes() -> int:
+    """The most memory this process ever held.
+
+    Linux hands `ru_maxrss` on from parent to child, so there the high-water mark of /proc is read instead.
+    """
+    if STATUS.exists():
+        return _status("VmHWM")
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def resident_bytes() -> int:
+    """The memory this process holds now; where the system does not say, the most it ever held."""
+    return _status("VmRSS") if STATUS.exists() else peak_memory_bytes()
+
+
+def _status(key: str) -> int:
+    lines = STATUS.read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024

@@ -28,7 +28,14 @@ Box: TypeAlias = tuple[slice, slice, slice]
 
 
 def labels_on(
-    target: Grid, slabs: Iterable[Slab], source: Grid, classify: Classifier, *, classes: int, cropped: bool = False
+    target: Grid,
+    slabs: Iterable[Slab],
+    source: Grid,
+    classify: Classifier,
+    *,
+    classes: int,
+    cropped: bool = False,
+    device: torch.device | None = None,
 ) -> NDArray[np.unsignedinteger]:
     """The label map on `target`.
 
@@ -39,6 +46,7 @@ def labels_on(
         classify: head and argmax.
         classes: K; above 256 the result is uint16.
         cropped: `source` covers a part of the volume only: what lies outside is background, not the nearest voxel's label.
+        device: of the slabs; labels leave it once, at the end. Default: the CPU.
 
     Returns:
         (X, Y, Z) uint8 or uint16.
@@ -46,26 +54,26 @@ def labels_on(
     shape = target[0]
     to_source = voxel_map(source[1], target[1])
     axes = parallel_axes(to_source, shape, sizes=source[0], mode="linear")
-    labels = torch.zeros(shape, dtype=torch.uint8 if classes <= 256 else torch.int32)
+    labels = torch.zeros(shape, dtype=torch.uint8 if classes <= 256 else torch.int32, device=device)
     if axes is None:
         _paint_oblique(labels, slabs, to_source, source[0], classify=classify, cropped=cropped)
     else:
         order = [[axis.source for axis in axes].index(source_axis) for source_axis in range(3)]
         by_source = [axes[place] for place in order]
         for part, piece in _parallel_pieces(slabs, by_source, classify):
-            labels.permute(order)[part] = piece.to(labels.device, labels.dtype)
+            labels.permute(order)[part] = piece
         if cropped:
             for place, axis in enumerate(axes):
                 labels.movedim(place, 0)[torch.from_numpy(~axis.inside)] = 0
-    return labels.numpy().astype(np.uint8 if classes <= 256 else np.uint16, copy=False)
+    return labels.cpu().numpy().astype(np.uint8 if classes <= 256 else np.uint16, copy=False)
 
 
 def labels_of(
-    slabs: Iterable[Slab], shape: Shape, classify: Classifier, *, classes: int
+    slabs: Iterable[Slab], shape: Shape, classify: Classifier, *, classes: int, device: torch.device | None = None
 ) -> NDArray[np.unsignedinteger]:
     """The label map on the grid of the slabs; see `labels_on`."""
     identity = (shape, np.eye(4))
-    return labels_on(identity, slabs, identity, classify, classes=classes)
+    return labels_on(identity, slabs, identity, classify, classes=classes, device=device)
 
 
 def _classified(values: Tensor, classify: Classifier, seen: Tensor | None) -> Tensor:

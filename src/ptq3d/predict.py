@@ -137,12 +137,14 @@ def predict_labels(
     stream = _Timed(engine)
     image = torch.from_numpy(np.ascontiguousarray(prepared.image.data)).to(engine.device)
     planes = slabs(image, stream, windowing, progress=progress)
-    classify, classes = engine.classifier(engine.head), manifest.classes
+    classify, source = engine.classifier(engine.head), prepared.image.grid
+    classes, device = manifest.classes, engine.device
     if options.restore == "logits":
-        source = prepared.image.grid
-        labels = labels_on(prepared.target, planes, source, classify, classes=classes, cropped=prepared.cropped)
+        labels = labels_on(
+            prepared.target, planes, source, classify, classes=classes, cropped=prepared.cropped, device=device
+        )
     else:
-        found = labels_of(planes, prepared.image.shape, classify, classes=classes)
+        found = labels_of(planes, source[0], classify, classes=classes, device=device)
         labels = _restored(Volume(found[None], prepared.image.affine), prepared, preprocessing)
     seconds = {"network": stream.seconds, "stitch": perf_counter() - start - stream.seconds}
     return Answer(Volume(labels[None], prepared.target[1]), stream.windows, seconds)

@@ -27,7 +27,7 @@ os.environ.setdefault("OPENVINO_TELEMETRY_OPT_OUT", "1")
 PRECISIONS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 REPORTED = {"u8": "int8", "i8": "int8", "f32": "fp32", "bf16": "bf16", "f16": "fp16"}
 ARTEFACT = "model.xml"
-WAITING = 2  # requests beside those that run: one whose answer is being read, one that runs next
+WAITING = 0
 SHARE = 4  # one in so many threads is for what is done with the answers of `stream`
 
 

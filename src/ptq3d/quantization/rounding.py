@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+import torch
 
 from ptq3d.graphs.constants import constant_of, set_constant
 from ptq3d.graphs.layers import weight_axis, weight_value
@@ -79,7 +80,7 @@ def round_columns(matrix: Matrix, moment: npt.NDArray[np.floating], steps: Matri
     order = np.argsort(-energy, kind="stable")
     padded = moment[np.ix_(order, order)].astype(np.float64)
     padded[np.diag_indices_from(padded)] += noise + DAMPING * max(float(energy.mean()), 1e-30)
-    upper = np.linalg.cholesky(np.linalg.inv(padded)).T
+    upper = _root_of_inverse(padded)
     lowest, highest = LIMITS["int8"]
     rest, levels = matrix[:, order], np.empty_like(matrix)
     for start in range(0, len(order), STRIDE):
@@ -94,6 +95,19 @@ def round_columns(matrix: Matrix, moment: npt.NDArray[np.floating], steps: Matri
     result = np.empty_like(levels)
     result[:, order] = levels
     return result
+
+
+def _root_of_inverse(matrix: Matrix) -> Matrix:
+    """Upper triangular U with U^T U = matrix^-1, for a positive definite matrix.
+
+    The Cholesky factor of the matrix read backwards is R with matrix = R R^T, R upper triangular; U is its inverse. The inverse of
+    the matrix is never made: it is slower, and not positive definite once the matrix is ill-conditioned.
+    """
+    backwards = torch.from_numpy(matrix).flip(0, 1)
+    root = torch.linalg.cholesky(backwards).flip(0, 1)
+    eye = torch.eye(len(matrix), dtype=torch.float64)
+    upper: Matrix = torch.linalg.solve_triangular(root, eye, upper=True).numpy()
+    return upper
 
 
 def _correct_bias(model: ir.Model, node: ir.Node, shift: Matrix) -> None:

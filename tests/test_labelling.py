@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ptq3d.engines.heads import classifier
-from ptq3d.graphs.split_head import Head
+from ptq3d.head import Head, classifier
 from ptq3d.labelling import labels_of, labels_on
 from ptq3d.volumes.preprocessing import Preprocessing
 from ptq3d.volumes.resample import resample_onto

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ptq3d.engines import choose_backend, get_backend
-from ptq3d.engines.heads import FILE as HEAD_FILE
-from ptq3d.engines.heads import save_head
 from ptq3d.errors import OptionError
 from ptq3d.graphs.files import load_graph, save_graph, static_input_shape
 from ptq3d.graphs.layers import shape_of
 from ptq3d.graphs.passes import simplify
 from ptq3d.graphs.split_head import split_head
+from ptq3d.head import FILE as HEAD_FILE
+from ptq3d.head import save_head
 from ptq3d.manifest import FILE, Manifest, embedded, read_beside, sha256, write_beside
 from ptq3d.options import BuildOptions
 from ptq3d.pipeline import Written, class_names

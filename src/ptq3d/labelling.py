@@ -17,12 +17,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ptq3d.head import Classifier, label_type
 from ptq3d.volumes.resample import Axis, parallel_axes, snapped
 from ptq3d.volumes.volume import Affine, Grid, Shape, voxel_map
 from ptq3d.windows import Slab
 
-Classifier: TypeAlias = Callable[[Tensor], Tensor]
-"""Features (V, F) float32 -> classes (V,)."""
 CHUNK = 1 << 19  # voxels whose features are resampled at a time
 Box: TypeAlias = tuple[slice, slice, slice]
 
@@ -54,7 +53,7 @@ def labels_on(
     shape = target[0]
     to_source = voxel_map(source[1], target[1])
     axes = parallel_axes(to_source, shape, sizes=source[0], mode="linear")
-    labels = torch.zeros(shape, dtype=torch.uint8 if classes <= 256 else torch.int32, device=device)
+    labels = torch.zeros(shape, dtype=label_type(classes), device=device)
     if axes is None:
         _paint_oblique(labels, slabs, to_source, source[0], classify=classify, cropped=cropped)
     else:

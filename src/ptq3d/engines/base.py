@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from ptq3d.engines.heads import Classifier
-    from ptq3d.graphs.split_head import Head
+    from ptq3d.head import Classifier, Head
 
 Windows = npt.NDArray[np.float32]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -174,3 +173,10 @@ def int8_mac_share(layers: Sequence[LayerReport]) -> float:
     """The share of multiply-accumulates that run in INT8, 0..1."""
     total = sum(layer.macs for layer in layers)
     return sum(layer.macs for layer in layers if layer.precision == "int8") / max(total, 1)
+
+
+def head_layer(head: Head, voxels: int) -> tuple[LayerReport, ...]:
+    """What a late head multiplies: as in the graph, once a voxel of a window, always in FP32."""
+    if head.weight is None:
+        return ()
+    return (LayerReport("late head", "MatMul", "fp32", head.weight.size * voxels),)

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from ptq3d.engines.base import Engine, EngineSpec, LayerReport, Windows
-from ptq3d.engines.heads import Classifier
 from ptq3d.errors import OptionError
-from ptq3d.graphs.split_head import Head
+from ptq3d.head import Classifier, Head
 
 
 class Mirrored:

@@ -13,13 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ptq3d.engines.base import EngineOptions, EngineSpec, LayerReport, Windows, require_windows
-from ptq3d.engines.heads import Classifier, classifier, head_layer, load_head
+from ptq3d.engines.base import EngineOptions, EngineSpec, LayerReport, Windows, head_layer, require_windows
 from ptq3d.errors import EngineError, OptionError, UnavailableError
 from ptq3d.graphs.files import load_graph, save_graph, static_input_shape
 from ptq3d.graphs.layers import Layer, layers, shape_of
 from ptq3d.graphs.passes import simplify
-from ptq3d.graphs.split_head import Head
+from ptq3d.head import Classifier, Head, classifier, load_head
 
 ARTEFACT = "model.onnx"
 CARRIERS = frozenset({"Transpose", "QuantizeLinear", "DequantizeLinear", "Relu"})

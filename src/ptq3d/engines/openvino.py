@@ -16,12 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ptq3d.engines.base import EngineOptions, EngineSpec, LayerReport, Precision, Windows, require_windows
-from ptq3d.engines.heads import ROWS, Classifier, head_layer, label_type, load_head
+from ptq3d.engines.base import EngineOptions, EngineSpec, LayerReport, Precision, Windows, head_layer, require_windows
 from ptq3d.errors import EngineError, GraphError, OptionError, UnavailableError
 from ptq3d.graphs.files import load_graph, save_graph
 from ptq3d.graphs.passes import simplify, unsigned_activations
-from ptq3d.graphs.split_head import Head
+from ptq3d.head import ROWS, Classifier, Head, label_type, load_head
 
 os.environ.setdefault("OPENVINO_TELEMETRY_OPT_OUT", "1")
 PRECISIONS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}

@@ -20,8 +20,7 @@ from torch import Tensor
 
 from ptq3d import int8
 from ptq3d.engines import torch as eager
-from ptq3d.engines.base import EngineOptions, LayerReport
-from ptq3d.engines.heads import head_layer
+from ptq3d.engines.base import EngineOptions, LayerReport, head_layer
 from ptq3d.engines.operators import OPERATORS
 from ptq3d.errors import EngineError, OptionError, UnavailableError
 from ptq3d.graphs.layers import WEIGHT_AXIS, layers

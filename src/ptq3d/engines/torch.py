@@ -14,14 +14,13 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from ptq3d.engines.base import EngineOptions, EngineSpec, LayerReport, Windows, require_windows
-from ptq3d.engines.heads import Classifier, classifier, head_layer, load_head
+from ptq3d.engines.base import EngineOptions, EngineSpec, LayerReport, Windows, head_layer, require_windows
 from ptq3d.engines.operators import OPERATORS, attributes_of
 from ptq3d.errors import EngineError, GraphError, OptionError, UnavailableError
 from ptq3d.graphs.files import load_graph, static_input_shape
 from ptq3d.graphs.layers import layers, shape_of
 from ptq3d.graphs.passes import simplify
-from ptq3d.graphs.split_head import Head
+from ptq3d.head import Classifier, Head, classifier, load_head
 
 ARTEFACT = "model.onnx"
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

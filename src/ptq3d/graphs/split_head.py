@@ -14,43 +14,12 @@ from numpy.typing import NDArray
 from onnx_ir.passes import common
 
 from ptq3d.graphs.layers import groups, shape_of, weight_axis
+from ptq3d.head import Head
 
 MONOTONE = frozenset(
     {"Softmax", "LogSoftmax", "Sigmoid", "Identity"}
 )  # over classes: they leave the argmax where it is
 TO_LAST, TO_FIRST = [0, 2, 3, 4, 1], [0, 4, 1, 2, 3]
-
-
-@dataclass(frozen=True, eq=False)
-class Head:
-    """logits = weight @ features + bias, for each voxel.
-
-    Args:
-        weight: (K, F) float32; None where the features are the logits.
-        bias: (K,) float32.
-    """
-
-    weight: NDArray[np.float32] | None
-    bias: NDArray[np.float32]
-
-    @classmethod
-    def none(cls, classes: int) -> Head:
-        """The head of an engine that gives logits."""
-        return cls(None, np.zeros(classes, np.float32))
-
-    @property
-    def classes(self) -> int:
-        """K."""
-        return len(self.bias)
-
-    @property
-    def features(self) -> int:
-        """F."""
-        return self.classes if self.weight is None else self.weight.shape[1]
-
-    def matrix(self) -> NDArray[np.float32]:
-        """(K, F) float32, the identity for an engine that gives logits."""
-        return np.eye(self.classes, dtype=np.float32) if self.weight is None else self.weight
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,22 +1,53 @@
-"""The head beside an engine: kept with its artefact, and turned with argmax into the class of each voxel."""
+"""The head of a network: the last linear map over channels, which with argmax gives the class of a voxel. Arrays only."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-
-from ptq3d.engines.base import LayerReport
-from ptq3d.graphs.split_head import Head
 
 FILE = "head.npz"
 ROWS = 4096  # voxels at a time: their logits stay near the cache
 Classifier: TypeAlias = Callable[[Tensor], Tensor]
 """Features of voxels (V, F) float32 -> their classes (V,) uint8, int32 above 256 classes; of equal logits the first."""
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """logits = weight @ features + bias, for each voxel.
+
+    Args:
+        weight: (K, F) float32; None where the features are the logits.
+        bias: (K,) float32.
+    """
+
+    weight: NDArray[np.float32] | None
+    bias: NDArray[np.float32]
+
+    @classmethod
+    def none(cls, classes: int) -> Head:
+        """The head of an engine that gives logits."""
+        return cls(None, np.zeros(classes, np.float32))
+
+    @property
+    def classes(self) -> int:
+        """K."""
+        return len(self.bias)
+
+    @property
+    def features(self) -> int:
+        """F."""
+        return self.classes if self.weight is None else self.weight.shape[1]
+
+    def matrix(self) -> NDArray[np.float32]:
+        """(K, F) float32, the identity for an engine that gives logits."""
+        return np.eye(self.classes, dtype=np.float32) if self.weight is None else self.weight
 
 
 def save_head(folder: Path, head: Head) -> Path:
@@ -32,13 +63,6 @@ def load_head(folder: Path) -> Head | None:
         return None
     with np.load(path) as stored:
         return Head(stored["weight"], stored["bias"])
-
-
-def head_layer(head: Head, voxels: int) -> tuple[LayerReport, ...]:
-    """What a late head multiplies: as in the graph, once a voxel of a window, always in FP32."""
-    if head.weight is None:
-        return ()
-    return (LayerReport("late head", "MatMul", "fp32", head.weight.size * voxels),)
 
 
 def label_type(classes: int) -> torch.dtype:

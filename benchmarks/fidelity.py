@@ -27,13 +27,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ptq3d.memory import peak_memory_bytes
 from ptq3d.engines import load_backend
 from ptq3d.engines.base import Engine, EngineOptions, int8_mac_share
 from ptq3d.evaluation.metrics import fidelity
 from ptq3d.graphs.files import load_graph, save_graph
 from ptq3d.graphs.layers import layers
 from ptq3d.graphs.passes import simplify
+from ptq3d.memory import peak_memory_bytes
 from ptq3d.quantization import calibration, planning, quantizer
 from ptq3d.quantization.budget import Sensitivity, Trial, by_worth, keeping, search
 from ptq3d.quantization.targets import get_target

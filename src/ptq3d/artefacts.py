@@ -95,15 +95,14 @@ def _build_parts(
     onnx: Path, model: ir.Model, backend: Backend, folder: Path, *, late_head: bool
 ) -> tuple[tuple[Path, ...], str]:
     """The files of an engine with its head apart where that is asked for and pays, and what was done."""
-    if not late_head:
-        return backend.build(onnx, folder), "whole: asked for"
-    split = split_head(model)
-    if split.head is None:
+    split = split_head(model, late=late_head)
+    if split.head is None and len(split.body.graph) == len(model.graph):
         return backend.build(onnx, folder), split.reason
     with tempfile.TemporaryDirectory() as scratch:
         body = Path(scratch) / onnx.name
         save_graph(split.body, body)
-        return (*backend.build(body, folder), save_head(folder, split.head)), split.reason
+        files = backend.build(body, folder)
+    return files if split.head is None else (*files, save_head(folder, split.head)), split.reason
 
 
 def artefact_size(folder: Path, manifest: Manifest) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
@@ -237,8 +238,9 @@ def deploy_cases(
     import torch  # before the first case is timed
 
     for case in cases:
-        if _output_of(case, output).resolve() == case.image.resolve():
-            raise OptionError(f"{case.image} is the image itself and would be overwritten. Choose another --output.")
+        for given in (case.image, case.label):
+            if given is not None and _output_of(case, output).resolve() == given.resolve():
+                raise OptionError(f"{given} is an input and would be overwritten. Choose another --output.")
     if deployment.options.threads:
         torch.set_num_threads(deployment.options.threads)
     flow = _Flow(deployment, output, label_map, options or CaseOptions(), quiet)
@@ -269,11 +271,12 @@ def _output_of(case: Case, output: Path) -> Path:
 def _require_memory(deployment: Deployment, engine: Engine, cases: list[Case], limit: int) -> None:
     """Compare what each case needs, by its header, with what is allowed; the engine has to have run to show its own."""
     engine(np.zeros((1, engine.spec.channels, *engine.spec.window), np.float32))
-    needed = {
-        case.name: estimated_bytes(load_grid(case.image), engine, deployment.manifest, deployment.preprocessing)
-        for case in cases
-    }
-    require_memory(needed, limit, resident_bytes())
+    needed = {}
+    for case in cases:
+        with suppress(Ptq3dError):  # the case will end with it, the others go on
+            grid = load_grid(case.image)
+            needed[case.name] = estimated_bytes(grid, engine, deployment.manifest, deployment.preprocessing)
+    require_memory(needed, limit, resident_bytes(), ahead=deployment.options.threads != 1)
 
 
 @dataclass(frozen=True)
@@ -324,7 +327,7 @@ class _Flow:
                     self.options,
                     progress=progress,
                 )
-        except (Ptq3dError, MemoryError) as error:
+        except (Ptq3dError, MemoryError, RuntimeError) as error:
             return replace(found, prepared=None, error=_ended(error))
         return replace(found, prepared=None, answer=answer, seconds={**found.seconds, **answer.seconds})
 
@@ -346,9 +349,12 @@ class _Flow:
         return CaseResult(found.case.name, path, seconds, found.answer.windows, peak, dice)
 
 
-def _ended(error: Ptq3dError | MemoryError) -> Ptq3dError:
+def _ended(error: Ptq3dError | MemoryError | RuntimeError) -> Ptq3dError:
+    """What ended a case; PyTorch says by a RuntimeError that memory is missing, any other goes on as the fault it is."""
     if isinstance(error, Ptq3dError):
         return error
+    if isinstance(error, RuntimeError) and "memory" not in str(error):
+        raise error
     return EngineError(f"the machine has too little memory for this case ({error}). Bound it with --max-memory.")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -16,13 +17,15 @@ from ptq3d.manifest import Manifest
 from ptq3d.options import CaseOptions
 from ptq3d.progress import Progress, silent
 from ptq3d.volumes.preprocessing import Preprocessing
-from ptq3d.volumes.volume import Grid, Shape, Volume
+from ptq3d.volumes.resample import parallel_axes
+from ptq3d.volumes.volume import Grid, Shape, Volume, voxel_map
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ptq3d.windows import Windowing
 
+READING_BYTES = 20  # a voxel: the file's bytes, its array, float64 where it has a slope, float32, what is not finite
 LABELLING_BYTES = 300_000_000  # features and logits of the voxels whose labels are made at a time, and their indices
 
 
@@ -139,15 +142,28 @@ def predict_labels(
     planes = slabs(image, stream, windowing, progress=progress)
     classify, source = engine.classifier(engine.head), prepared.image.grid
     classes, device = manifest.classes, engine.device
-    if options.restore == "logits":
-        labels = labels_on(
-            prepared.target, planes, source, classify, classes=classes, cropped=prepared.cropped, device=device
-        )
-    else:
-        found = labels_of(planes, source[0], classify, classes=classes, device=device)
-        labels = _restored(Volume(found[None], prepared.image.affine), prepared, preprocessing)
+    with _torch_threads(engine.beside):
+        if options.restore == "logits":
+            target, cropped = prepared.target, prepared.cropped
+            labels = labels_on(target, planes, source, classify, classes=classes, cropped=cropped, device=device)
+        else:
+            found = labels_of(planes, source[0], classify, classes=classes, device=device)
+            labels = _restored(Volume(found[None], prepared.image.affine), prepared, preprocessing)
     seconds = {"network": stream.seconds, "stitch": perf_counter() - start - stream.seconds}
     return Answer(Volume(labels[None], prepared.target[1]), stream.windows, seconds)
+
+
+@contextmanager
+def _torch_threads(number: int) -> Iterator[None]:
+    """PyTorch with so many threads; 0 leaves it as it is."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _restored(labels: Volume, prepared: Prepared, preprocessing: Preprocessing) -> np.ndarray:
@@ -197,47 +213,60 @@ def require_fitting(channels: int, engine: Engine, manifest: Manifest) -> None:
         )
 
 
-def estimated_bytes(target: Grid, engine: Engine, manifest: Manifest, preprocessing: Preprocessing) -> int:
-    """What segmenting one volume adds to the memory of a process whose engine has run already; an upper bound.
+@dataclass(frozen=True)
+class Needed:
+    """What one volume adds to the memory of a process whose engine has run already, in bytes; upper bounds.
+
+    Args:
+        reading: the file, its array, float32, the preprocessed volume.
+        segmenting: the preprocessed volume, sums of one window's thickness, labels and what makes them.
+    """
+
+    reading: int
+    segmenting: int
+
+
+def estimated_bytes(target: Grid, engine: Engine, manifest: Manifest, preprocessing: Preprocessing) -> Needed:
+    """The memory that a volume needs, by its header.
 
     Args:
         target: the file's grid.
         engine: of the network.
         manifest: overlap.
         preprocessing: gives the grid of the windows.
-
-    Returns:
-        Bytes: reading (file, its array, float32) or blending (volume, sums of one window's thickness, labels), the larger.
     """
-    shape, _ = preprocessing.grid(target)
-    spec = engine.spec
+    shape, affine = preprocessing.grid(target)
+    spec, voxels = engine.spec, math.prod(target[0])
     windowing = windowing_of(shape, spec, manifest, outside=0.0, skip_empty=False)
-    thick = [max(size, width) for size, width in zip(shape, spec.window, strict=True)]
-    image = 4 * spec.channels * math.prod(thick)
-    thick[windowing.axis] = spec.window[windowing.axis] + 1
-    sums = 4 * (spec.features + 1) * math.prod(thick)
-    voxels = math.prod(target[0])
-    share = min(thick[windowing.axis] / shape[windowing.axis], 1.0)
-    labelling = int(4 * voxels * share) + LABELLING_BYTES
-    reading = voxels * (8 + 4 + 1) * spec.channels
-    return max(reading + image, image + sums + voxels + labelling)
+    padded = [max(size, width) for size, width in zip(shape, spec.window, strict=True)]
+    image = 4 * spec.channels * math.prod(padded)
+    thick = spec.window[windowing.axis] + 1
+    sums = 4 * (spec.features + 1) * math.prod(padded) // padded[windowing.axis] * thick
+    labelling = 4 * voxels * min(thick, shape[windowing.axis]) // shape[windowing.axis] + LABELLING_BYTES
+    if parallel_axes(voxel_map(affine, target[1]), target[0], sizes=shape, mode="linear") is None:
+        labelling += (4 * spec.features + 2) * math.prod(shape)
+    return Needed(READING_BYTES * voxels * spec.channels + image, image + sums + 2 * voxels + labelling)
 
 
-def require_memory(needed: dict[str, int], limit: int, resident: int) -> None:
+def require_memory(needed: Mapping[str, Needed], limit: int, resident: int, *, ahead: bool) -> None:
     """Refuse volumes that would need more memory than allowed.
 
     Args:
-        needed: case -> what it adds, in bytes.
+        needed: case -> what it adds, in the order of the cases.
         limit: of the process, in bytes.
         resident: what it holds already, in bytes.
+        ahead: the next volume is read while one is segmented.
 
     Raises:
         OptionError: names the first such case with its estimate.
     """
-    for name, adds in needed.items():
+    following = [one.reading if ahead else 0 for one in needed.values()][1:]
+    for (name, one), read in zip(needed.items(), [*following, 0], strict=False):
+        adds = max(one.reading, one.segmenting + read)
         if resident + adds > limit:
+            beside = " and reading the next one beside it" if read else ""
             raise OptionError(
-                f"{name} would need about {(resident + adds) / 1e9:.2f} GB (engine and libraries {resident / 1e9:.2f} GB, "
-                f"the volume {adds / 1e9:.2f} GB), more than --max-memory {limit / 1e9:g}. Nothing was segmented. "
-                "Raise the limit, or give a smaller volume."
+                f"{name} would need about {(resident + adds) / 1e9:.2f} GB (engine and libraries {resident / 1e9:.2f} GB, the volume"
+                f"{beside} {adds / 1e9:.2f} GB), more than --max-memory {limit / 1e9:g}. Nothing was segmented. "
+                f"Raise the limit, {'give --threads 1, ' if read else ''}or give a smaller volume."
             )

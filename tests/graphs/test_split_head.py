@@ -98,8 +98,18 @@ def test_what_is_no_wide_linear_map_stays_whole(
     model = simplify(load_graph(wide(tmp_path / "net.onnx", ending=ending, features=features, classes=classes)))
     split = split_head(model)
     assert split.head is None
-    assert split.body is model
+    assert [node.op_type for node in split.body.graph] == [node.op_type for node in model.graph]
     assert reason in split.reason
+
+
+@pytest.mark.parametrize("late", [True, False])
+@pytest.mark.parametrize("ending", ["Softmax", "Sigmoid"])
+def test_a_whole_graph_ends_at_its_logits_too(tmp_path: Path, ending: str, late: bool) -> None:
+    """Else windows of probabilities would be blended without a late head and of logits with one."""
+    net = wide(tmp_path / "net.onnx", ending=ending, features=12 if late else 4)
+    split = split_head(simplify(load_graph(net)), late=late)
+    assert split.head is None
+    assert [node.op_type for node in split.body.graph] == ["Conv", "Relu", "Conv"]
 
 
 def test_a_softmax_over_space_is_not_dropped(tmp_path: Path) -> None:

@@ -110,6 +110,10 @@ class Engine(Protocol):
             EngineError: the runtime failed, or the engine is closed.
         """
 
+    @property
+    def beside(self) -> int:
+        """How many threads PyTorch may use for what is done with the answers of `stream`; 0 for as many as it has."""
+
     def classifier(self, head: Head) -> Classifier:
         """Head and argmax on this runtime; `head` is the engine's own, or one that joins several engines'."""
 

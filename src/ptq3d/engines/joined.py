@@ -61,6 +61,11 @@ class Mirrored:
                 total += answer.flip(flip)
             yield total / len(self._flips)
 
+    @property
+    def beside(self) -> int:
+        """The engine's."""
+        return self._engine.beside
+
     def classifier(self, head: Head) -> Classifier:
         """The engine's."""
         return self._engine.classifier(head)
@@ -136,6 +141,11 @@ class Ensemble:
         streams = [engine.stream(copy) for engine, copy in zip(self._engines, copies, strict=True)]
         for answers in zip(*streams, strict=True):
             yield torch.cat([answer.movedim(0, -1).float() for answer in answers], dim=-1).movedim(-1, 0)
+
+    @property
+    def beside(self) -> int:
+        """The fewest that one of them leaves."""
+        return min((engine.beside for engine in self._engines if engine.beside), default=0)
 
     def classifier(self, head: Head) -> Classifier:
         """The first engine's."""

@@ -140,6 +140,11 @@ class OnnxRuntimeEngine:
         for window in windows:
             yield torch.from_numpy(self(window[None].numpy()))[0]
 
+    @property
+    def beside(self) -> int:
+        """As many as there are: it computes one window at a time, and nothing meanwhile."""
+        return 0
+
     def classifier(self, head: Head) -> Classifier:
         """Head and argmax on the CPU."""
         return classifier(head, self.device)

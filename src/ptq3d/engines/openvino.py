@@ -26,7 +26,6 @@ os.environ.setdefault("OPENVINO_TELEMETRY_OPT_OUT", "1")
 PRECISIONS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 REPORTED = {"u8": "int8", "i8": "int8", "f32": "fp32", "bf16": "bf16", "f16": "fp16"}
 ARTEFACT = "model.xml"
-WAITING = 0
 SHARE = 4  # one in so many threads is for what is done with the answers of `stream`
 
 
@@ -129,7 +128,8 @@ class OpenVinoEngine:
     def __init__(self, model: Any, compiled: Any, head: Head | None, options: EngineOptions) -> None:
         self._model, self._compiled = model, compiled
         self._beside = max((options.threads or os.cpu_count() or 1) // SHARE, 1)
-        self._requests = [compiled.create_infer_request() for _ in range(options.streams + WAITING)]
+        # none waits: the one whose answer is blended leaves its cores to that
+        self._requests = [compiled.create_infer_request() for _ in range(options.streams)]
         shape, output = model.input(0).get_shape(), model.output(0).get_shape()
         self._batch = int(shape[0])
         self._spec = EngineSpec(int(shape[1]), (int(shape[2]), int(shape[3]), int(shape[4])), int(output[-1]))
@@ -165,14 +165,8 @@ class OpenVinoEngine:
         return np.moveaxis(answers[0] if len(answers) == 1 else np.concatenate(answers), -1, 1)
 
     def stream(self, windows: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Answers to windows, the next ones computed meanwhile; views of OpenVINO's own memory. See `Engine`.
-
-        Until it ends, PyTorch is held to few threads: OpenVINO has the cores, and threads that wait for one another at the end of
-        every small operation would take ten times as long beside it.
-        """
+        """Answers to windows, the next ones computed meanwhile; views of OpenVINO's own memory. See `Engine`."""
         self._require_open()
-        threads = torch.get_num_threads()
-        torch.set_num_threads(self._beside)
         running: deque[tuple[Any, Windows, int]] = deque()  # OpenVINO reads the windows where they lie
         pending = iter(windows)
         try:
@@ -186,7 +180,6 @@ class OpenVinoEngine:
                 elif not group:
                     return
         finally:
-            torch.set_num_threads(threads)
             for request, _, _ in running:
                 request.cancel()
 
@@ -203,6 +196,11 @@ class OpenVinoEngine:
         with _engine_errors("OpenVINO failed while it ran the network"):
             request.wait()
         return torch.from_numpy(request.get_output_tensor(0).data[:number]).movedim(-1, 1)
+
+    @property
+    def beside(self) -> int:
+        """Few: OpenVINO has the cores, and threads that wait for one another after every small operation would take ten times as long."""
+        return self._beside
 
     def classifier(self, head: Head) -> Classifier:
         """Head and argmax as an OpenVINO graph on the CPU: three times NumPy's speed for 133 classes."""
@@ -260,7 +258,8 @@ def _classifier(head: Head, threads: int) -> Classifier:
                 if len(part) == ROWS
                 else np.concatenate([part, np.zeros((ROWS - len(part), part.shape[1]), np.float32)])
             )
-            best = request.infer({0: full}, share_inputs=True, share_outputs=True)[0]
+            with _engine_errors("OpenVINO failed while it chose classes"):
+                best = request.infer({0: full}, share_inputs=True, share_outputs=True)[0]
             found[start : start + ROWS] = torch.from_numpy(best[: len(part), 0])
         return found
 

@@ -128,6 +128,11 @@ class TorchEngine:
                 answer = self._run(window[None])[0]
             yield answer if answer.dtype in LIMITS else answer.float()
 
+    @property
+    def beside(self) -> int:
+        """As many as there are: it computes one window at a time, and nothing meanwhile."""
+        return 0
+
     def classifier(self, head: Head) -> Classifier:
         """Head and argmax on the engine's device."""
         return classifier(head, self._device)

@@ -27,8 +27,8 @@ class Split:
     """A graph in two, or why it stays whole.
 
     Args:
-        body: gives (1, F, X, Y, Z) features: float32, or the 8-bit integers that the head reads; the whole graph where
-            there is no head to take off.
+        body: gives (1, F, X, Y, Z) features: float32, or the 8-bit integers that the head reads; where there is no head to take
+            off the whole graph, up to its logits.
         head: its scale and zero-point are folded into the map; None where the graph stays whole.
         reason: for the manifest.
     """
@@ -38,36 +38,48 @@ class Split:
     reason: str
 
 
-def split_head(model: ir.Model) -> Split:
+def split_head(model: ir.Model, *, late: bool = True) -> Split:
     """Take the last linear map over channels off a graph, where its input is narrower than its output.
 
-    The map is a 1x1x1 convolution, or a product with constant weights between two transpositions; a softmax or sigmoid
-    behind it is dropped, since it does not move the argmax.
+    The map is a 1x1x1 convolution, or a product with constant weights between two transpositions. A softmax or sigmoid at the end
+    is dropped in any case: it does not move the argmax, and logits are what is blended.
 
     Args:
         model: simplified, FP32 or Q/DQ; not changed.
+        late: False leaves the map in the graph.
 
     Returns:
         The two parts; equal to `model` (without what was dropped) within rounding of float32.
     """
     body = model.clone()
     value = _before_monotone(body.graph.outputs[0])
-    found = _of_convolution(value) or _of_product(value)
+    _end_at(body, value)
+    found = (_of_convolution(value) or _of_product(value)) if late else None
     if found is None:
-        kind = "nothing" if value.producer() is None else value.producer().op_type  # type: ignore[union-attr]
-        return Split(model, None, f"whole: the last layer is {kind}, no linear map over channels with constant weights")
+        return Split(body, None, f"whole: {_why(value) if late else 'asked for'}")
     features, weight, bias = found
     if features.producer() is None:
-        return Split(model, None, "whole: the network is nothing but its last layer")
+        return Split(body, None, "whole: the network is nothing but its last layer")
     if weight.shape[1] >= weight.shape[0]:
-        return Split(
-            model, None, f"whole: {weight.shape[1]} features are no fewer than the {weight.shape[0]} classes they make"
-        )
+        why = f"{weight.shape[1]} features are no fewer than the {weight.shape[0]} classes they make"
+        return Split(body, None, f"whole: {why}")
     features, weight, bias = _integers(features, weight, bias)
-    body.graph.outputs[:] = [features]
-    common.RemoveUnusedNodesPass()(body)
+    _end_at(body, features)
     head = Head(weight.astype(np.float32), bias.astype(np.float32))
     return Split(body, head, f"late head: {head.features} features for {head.classes} classes")
+
+
+def _end_at(model: ir.Model, value: ir.Value) -> None:
+    """Make `value` the only output; what it does not need goes."""
+    if list(model.graph.outputs) != [value]:
+        model.graph.outputs[:] = [value]
+        common.RemoveUnusedNodesPass()(model)
+
+
+def _why(value: ir.Value) -> str:
+    node = value.producer()
+    kind = "nothing" if node is None else node.op_type
+    return f"the last layer is {kind}, no linear map over channels with constant weights"
 
 
 _Map = tuple[ir.Value, NDArray[np.float64], NDArray[np.float64]]

@@ -128,8 +128,9 @@ class OpenVinoEngine:
     def __init__(self, model: Any, compiled: Any, head: Head | None, options: EngineOptions) -> None:
         self._model, self._compiled = model, compiled
         self._beside = max((options.threads or os.cpu_count() or 1) // SHARE, 1)
-        # none waits: the one whose answer is blended leaves its cores to that
-        self._requests = [compiled.create_infer_request() for _ in range(options.streams)]
+        self._requests = [
+            compiled.create_infer_request() for _ in range(options.streams + 1)
+        ]  # one answer is read meanwhile
         shape, output = model.input(0).get_shape(), model.output(0).get_shape()
         self._batch = int(shape[0])
         self._spec = EngineSpec(int(shape[1]), (int(shape[2]), int(shape[3]), int(shape[4])), int(output[-1]))

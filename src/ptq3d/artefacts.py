@@ -137,7 +137,8 @@ def cached_artefact(model: Path, engine: str, *, late_head: bool = True) -> tupl
             )
         get_backend(manifest.engine["name"])
         return model, manifest
-    load_graph(model)
+    if not model.is_file():
+        load_graph(model)  # says what is missing
     name, why = choose_backend(engine)
     log.info("engine %s: %s", name, why)
     version = "".join(letter if letter.isalnum() else "-" for letter in get_backend(name).version())

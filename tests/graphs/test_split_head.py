@@ -13,9 +13,10 @@ from ptq3d.engines import get_backend
 from ptq3d.engines.base import EngineOptions
 from ptq3d.graphs.files import load_graph, save_graph
 from ptq3d.graphs.passes import simplify
-from ptq3d.graphs.split_head import Split, split_head
-from ptq3d.quantization.quantizer import Recipe, quantize_graph
-from quantizing import observed_exactly
+from ptq3d.graphs.split_head import Split, head_layer_of, split_head
+from ptq3d.quantization import qdq
+from ptq3d.quantization.quantizer import HEAD, Recipe, quantize_graph
+from quantizing import observed_exactly, planned
 
 SHAPE = (1, 1, 8, 12, 10)
 
@@ -73,8 +74,7 @@ def test_body_and_head_are_the_graph(tmp_path: Path, ending: str, bias: bool) ->
 @pytest.mark.parametrize("target", ["openvino", "tensorrt", "triton"])
 def test_a_quantized_body_gives_integers_and_the_head_their_meaning(tmp_path: Path, target: str) -> None:
     model = simplify(load_graph(wide(tmp_path / "net.onnx", features=6)))
-    made = quantize_graph(model, observed_exactly(model), Recipe(target=target, second_terms=0.0))
-    quantized = simplify(made.model)
+    quantized = simplify(qdq.write(model, planned(model, target)))
     split = split_head(quantized)
     image = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
     whole = answers(quantized, tmp_path, image)
@@ -126,6 +126,22 @@ def test_a_head_that_is_all_there_is_stays(tmp_path: Path) -> None:
     split = split_head(simplify(load_graph(b.save(tmp_path / "net.onnx", "logits", 5))))
     assert split.head is None
     assert "nothing but" in split.reason
+
+
+@pytest.mark.parametrize("ending", ["", "Softmax", "product"])
+def test_the_quantizer_leaves_a_late_head_in_floating_point(tmp_path: Path, ending: str) -> None:
+    """It runs once a voxel, so INT8 would save nothing and cost its noise, and second terms double what is blended."""
+    model = simplify(load_graph(wide(tmp_path / "net.onnx", ending=ending)))
+    made = quantize_graph(model, observed_exactly(model), Recipe())
+    head = head_layer_of(model)
+    assert head is not None
+    assert made.kept[head] == HEAD
+    assert head not in made.plan.layers
+    split = split_head(simplify(made.model))
+    assert split.head is not None
+    assert split.head.features == 4
+    image = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
+    assert answers(split.body, tmp_path, image).dtype == np.float32
 
 
 def test_a_wider_kernel_is_no_head(tmp_path: Path) -> None:

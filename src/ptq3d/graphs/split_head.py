@@ -69,6 +69,17 @@ def split_head(model: ir.Model, *, late: bool = True) -> Split:
     return Split(body, head, f"late head: {head.features} features for {head.classes} classes")
 
 
+def head_layer_of(model: ir.Model) -> str | None:
+    """The name of the layer that `split_head` takes off a graph, None where it leaves the graph whole."""
+    value = _before_monotone(model.graph.outputs[0])
+    if split_head(model).head is None:
+        return None
+    node = value.producer()
+    while node is not None and node.op_type not in ("Conv", "MatMul"):
+        node = next(source for one in node.inputs if one is not None and (source := one.producer()) is not None)
+    return None if node is None else str(node.name)
+
+
 def _end_at(model: ir.Model, value: ir.Value) -> None:
     """Make `value` the only output; what it does not need goes."""
     if list(model.graph.outputs) != [value]:

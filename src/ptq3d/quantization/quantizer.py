@@ -9,6 +9,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from ptq3d.graphs.split_head import head_layer_of
 from ptq3d.quantization import equalization, planning, qdq, rounding, second_terms, smoothing
 from ptq3d.quantization.observation import Observations
 from ptq3d.quantization.targets import get_target
@@ -37,6 +38,9 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
         return asdict(self)
+
+
+HEAD = "the late head: it runs once a voxel, not once a window"
 
 
 @dataclass(frozen=True)
@@ -75,10 +79,12 @@ def quantize_graph(model: ir.Model, seen: Observations, recipe: Recipe) -> Quant
         seen = seen.scaled(done.tensors, done.layers)
         smoothed = smoothing.smooth(model, planning.place(model, target), seen.tensors)
         seen = seen.scaled(smoothed.tensors, smoothed.layers)
-    placement = planning.place(model, target, keep=recipe.keep)
+    head = head_layer_of(model)
+    keep = recipe.keep if head is None else (*recipe.keep, glob.escape(head))
+    placement = planning.place(model, target, keep=keep)
     ranges = seen.ranges(placement, method=recipe.calibration_method, symmetric=target.symmetric)
     plan = planning.plan(model, placement, ranges, target)
-    kept, mended = dict(placement.kept), second_terms.Mended()
+    kept, mended = {**placement.kept, **({} if head is None else {head: HEAD})}, second_terms.Mended()
     if recipe.second_terms and target.second_terms:
         found = second_terms.noises(model, plan, seen)
         mended = second_terms.choose(found, model, cost=recipe.second_terms, integers=len(plan.layers))

@@ -30,10 +30,12 @@ from scipy.ndimage import map_coordinates
 from torch import Tensor
 
 from networks import NETWORKS, WINDOW, Builder, windows
+from ptq3d import compare as comparison
 from ptq3d import windows as blending
 from ptq3d.artefacts import build_artefact, cached_artefact
 from ptq3d.cli import main
-from ptq3d.deployment import STREAMS, CaseResult, deploy
+from ptq3d.datasets.folders import Case
+from ptq3d.deployment import STREAMS, CaseResult, deploy, prepare
 from ptq3d.engines import BACKENDS, get_backend, load_backend
 from ptq3d.engines.base import EngineOptions
 from ptq3d.engines.openvino import OpenVinoEngine
@@ -862,3 +864,12 @@ def test_the_estimate_is_an_upper_bound_and_no_fantasy(bench: Bench) -> None:
     estimated, added, asked = json.loads(told.splitlines()[-1])
     assert asked > 8
     assert added <= estimated <= 4 * added + LABELLING_BYTES
+
+
+def test_compare_ends_with_what_ended_a_case(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it a row would have fewer cases than the others."""
+    failed = CaseResult("a", bench.root / "out" / "a.nii.gz", error=FileError("the disk is full"))
+    monkeypatch.setattr(comparison, "deploy_cases", lambda *given, **named: (failed,))
+    deployment = prepare(bench.net, "torch", EngineOptions(), preprocessing=str(bench.spaced), overlap=None)
+    with pytest.raises(FileError, match="the disk is full"):
+        comparison._segment(deployment, [Case("a", bench.images / "a.nii.gz", None)], bench.root / "out")

@@ -307,6 +307,9 @@ def _segment(deployment: Deployment, cases: list[Case], output: Path) -> _Run:
     results = deploy_cases(
         deployment, unlabelled, output, label_map=LabelMap.identity(deployment.manifest.labels), quiet=True
     )
+    for result in results:
+        if result.error is not None:
+            raise result.error
     return _Run(results, peak_memory_bytes())
 
 

@@ -154,7 +154,7 @@ def deploy(options: DeployOptions) -> tuple[CaseResult, ...]:
         raise OptionError(f"--tta {options.tta}: name axes of the network's input to mirror, such as x or xyz.")
     first, *others = (_prepared(model, options) for model in (options.model, *options.ensemble))
     deployment = replace(first, tta=options.tta, others=tuple(others))
-    _require_alike(deployment)
+    _require_alike(deployment, options.ensemble)
     cases = find_cases(options.data, options.labels, required_labels=options.labels is not None)
     label_map = truth_map(options.label_map, deployment.manifest)
     warn_of_calibration_cases(deployment.manifest, cases)
@@ -178,14 +178,14 @@ def _prepared(model: Path, options: DeployOptions) -> Deployment:
     )
 
 
-def _require_alike(deployment: Deployment) -> None:
+def _require_alike(deployment: Deployment, models: Iterable[Path]) -> None:
     """Refuse to average networks that see other voxels or mean other classes."""
     own = deployment.manifest
-    for other in deployment.others:
+    for model, other in zip(models, deployment.others, strict=True):
         for what in ("labels", "window", "overlap", "preprocessing"):
             if getattr(other.manifest, what) != getattr(own, what):
                 raise OptionError(
-                    f"--ensemble {other.folder}: its {what} differs from the model's. Average networks of one training only."
+                    f"--ensemble {model}: its manifest has another '{what}' than the model. Average networks of one training only."
                 )
 
 

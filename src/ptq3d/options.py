@@ -204,7 +204,7 @@ class BuildOptions(Common):
     engine: str = "auto"
     """openvino, onnxruntime, torch, reference or auto."""
     late_head: bool = True
-    """Take the network's last layer off where it makes more classes than it reads features; `deploy` runs it once a voxel."""
+    """With --no-late-head the last layer stays in the engine, also where `deploy` would rather run it once a voxel."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,7 +236,7 @@ class DeployOptions(Common):
     threads: int = 0
     """CPU threads; 0 for all."""
     late_head: bool = True
-    """Blend the features in front of the last layer, not its logits, where they are fewer: same labels, less time and memory."""
+    """With --no-late-head the logits are blended, not the fewer features in front of the last layer: same labels, more time and memory."""
     restore: Literal["logits", "labels"] = "logits"
     """How labels come back to the file's grid: from linearly resampled logits, or from the nearest label."""
     crop: Literal["none", "foreground"] = "none"

@@ -30,9 +30,7 @@ from ptq3d.volumes.files import load_grid, load_image, load_labels, save_labels
 from ptq3d.volumes.preprocessing import Preprocessing
 from ptq3d.volumes.volume import Volume, require_same_grid
 
-STREAMS = (
-    2  # windows in the network at a time: one that waits for memory leaves the cores to the other, and to stitching
-)
+STREAMS = 2  # windows in the network at a time, so that one goes on while the other's answer is blended
 log = logging.getLogger("ptq3d")
 SEED_PREPROCESSING = {"unet": "btcv", "unet3d": "btcv", "transunet": "btcv"}
 

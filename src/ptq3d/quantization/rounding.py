@@ -21,7 +21,7 @@ from ptq3d.int8 import LIMITS, Scale
 from ptq3d.quantization.planning import Plan, input_step
 from ptq3d.quantization.rows import Gram, matrix_of, weights_of
 
-STRIDE = 128  # columns between two updates of the rest
+STRIDE = 32  # columns between two updates of the rest
 DAMPING = 0.01
 Matrix = npt.NDArray[np.float64]
 Floats = npt.NDArray[np.float32]
@@ -81,19 +81,20 @@ def round_columns(matrix: Matrix, moment: npt.NDArray[np.floating], steps: Matri
     padded = moment[np.ix_(order, order)].astype(np.float64)
     padded[np.diag_indices_from(padded)] += noise + DAMPING * max(float(energy.mean()), 1e-30)
     upper = _root_of_inverse(padded)
+    upper /= np.diag(upper)[:, None].copy()
     lowest, highest = LIMITS["int8"]
-    rest, levels = matrix[:, order], np.empty_like(matrix)
-    for start in range(0, len(order), STRIDE):
-        stop = min(start + STRIDE, len(order))
-        errors = np.empty((len(matrix), stop - start))
+    rest = np.ascontiguousarray((matrix[:, order] / steps[:, None]).T)  # (n, K): a column of W in one piece, in steps
+    levels = np.empty_like(rest)
+    for start in range(0, len(rest), STRIDE):
+        stop = min(start + STRIDE, len(rest))
+        errors = np.empty((stop - start, len(matrix)))
         for column in range(start, stop):
-            levels[:, column] = np.clip(np.rint(rest[:, column] / steps), lowest, highest)
-            error = (rest[:, column] - levels[:, column] * steps) / upper[column, column]
-            rest[:, column + 1 : stop] -= np.outer(error, upper[column, column + 1 : stop])
-            errors[:, column - start] = error
-        rest[:, stop:] -= errors @ upper[start:stop, stop:]
-    result = np.empty_like(levels)
-    result[:, order] = levels
+            levels[column] = np.clip(np.rint(rest[column]), lowest, highest)
+            error = errors[column - start] = rest[column] - levels[column]
+            rest[column + 1 : stop] -= upper[column, column + 1 : stop, None] * error
+        rest[stop:] -= upper[start:stop, stop:].T @ errors
+    result = np.empty_like(matrix)
+    result[:, order] = levels.T
     return result
 
 

@@ -14,7 +14,7 @@ from ptq3d.graphs.layers import groups, shape_of, weight_axis, weight_value
 
 ROWS = 4096  # in all, for the moments
 KEPT = 512  # of them, as they are
-BLOCK = 1024  # columns whose correlations are kept together; a whole Gram matrix of 512 channels would take 1.5 GB
+BLOCK = 512  # columns whose correlations are kept together; a whole Gram matrix of 512 channels would take 1.5 GB
 Matrix = npt.NDArray[np.float64]
 Floats = npt.NDArray[np.float32]
 Positions = npt.NDArray[np.int64]

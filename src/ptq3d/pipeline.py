@@ -29,6 +29,7 @@ from ptq3d.volumes.preprocessing import PRESETS, Preprocessing
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from ptq3d.models.pretrained import Pretrained
     from ptq3d.training import TrainingResult
 
 log = logging.getLogger("ptq3d")
@@ -71,40 +72,43 @@ def export(options: ExportOptions) -> Written:
         CheckpointError: the weights belong to another network, or need code to load.
         GraphError: the export differs from PyTorch by more than 1e-3 of the logits' span.
     """
-    from ptq3d.models.sources import load_network, read_description
+    from ptq3d.models.sources import from_checkpoint
 
-    described = read_description(options.checkpoint) or {}
-    name = options.net or described.get("architecture")
-    if name is None:
-        raise OptionError(
-            f"{options.checkpoint} does not say which network it is. Name it with --net unet (or transunet)."
-        )
-    network = load_network(options.checkpoint, name, num_classes=options.num_classes)
-    window = options.window or tuple(described.get("window") or DEFAULT_WINDOW)
-    exported = export_network(network, channels=int(described.get("in_channels", 1)), window=window)
+    found = from_checkpoint(options.checkpoint, options.net, num_classes=options.num_classes)
+    return _exported(found, options, options.output or options.checkpoint.with_name(f"{found.name}_fp32.onnx"))
+
+
+def _exported(found: Pretrained, options: ExportOptions, output: Path) -> Written:
+    """The ONNX file of a network, checked, with the manifest that its source and `options` give it."""
+    window = options.window or found.window or DEFAULT_WINDOW
+    exported = export_network(found.network, channels=found.in_channels, window=window)
     manifest = Manifest(
-        labels=class_names(options.label_map, described.get("labels"), exported.logits.shape[1]),
+        labels=class_names(options.label_map, found.labels, exported.logits.shape[1]),
         window=window,
-        preprocessing=_export_preprocessing(options, described),
-        overlap=float(described.get("overlap", 0.5)),
-        network=name,
-        source={options.checkpoint.name: sha256(options.checkpoint)},
+        preprocessing=_export_preprocessing(options, found),
+        overlap=0.5 if found.overlap is None else found.overlap,
+        network=found.name,
+        source={file.name: sha256(file) for file in found.files},
     )
     embed(exported.model, manifest)
-    output = options.output or options.checkpoint.with_name(f"{name}_fp32.onnx")
     error = _save_checked(exported.model, output, exported.window, exported.logits)
-    facts = {"network": name, "max_relative_error": error, "window": list(window), "classes": list(manifest.labels)}
+    facts = {
+        "network": found.name,
+        "max_relative_error": error,
+        "window": list(window),
+        "classes": list(manifest.labels),
+    }
     return Written(output, output.stat().st_size, facts)
 
 
-def _export_preprocessing(options: ExportOptions, described: Mapping[str, Any]) -> Preprocessing:
+def _export_preprocessing(options: ExportOptions, found: Pretrained) -> Preprocessing:
     if options.preprocessing is not None:
         return preprocessing_of(options.preprocessing)
-    if described.get("preprocessing") is not None:
-        return Preprocessing.from_dict(described["preprocessing"])
+    if found.preprocessing is not None:
+        return found.preprocessing
     log.warning(
         "%s does not say how its images are prepared; taking the preset btcv. Say otherwise with --preprocessing.",
-        options.checkpoint,
+        found.files[0],
     )
     return PRESETS["btcv"]
 

@@ -9,8 +9,10 @@ from itertools import count, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ptq3d.errors import CheckpointError, FileError
+from ptq3d.errors import CheckpointError, FileError, OptionError
 from ptq3d.models import build_network, find_architecture
+from ptq3d.models.pretrained import Pretrained
+from ptq3d.volumes.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -44,6 +46,35 @@ def read_description(path: Path) -> dict[str, Any] | None:
         CheckpointError: the file is truncated or needs code to load.
     """
     return _description(_load(path))
+
+
+def from_checkpoint(path: Path, name: str | None = None, *, num_classes: int | None = None) -> Pretrained:
+    """The network of a checkpoint, with what our training wrote beside its weights.
+
+    Args:
+        path: the checkpoint.
+        name: architecture by name or alias; None takes the one the checkpoint describes.
+        num_classes: wanted classes with the background; None takes those of the checkpoint.
+
+    Raises:
+        FileError, CheckpointError: see `load_network`.
+        OptionError: neither `name` nor the file says which network it is.
+    """
+    described = read_description(path) or {}
+    name = name or described.get("architecture")
+    if name is None:
+        raise OptionError(f"{path} does not say which network it is. Name it with --net unet (or transunet).")
+    rules, labels, window = (described.get(key) for key in ("preprocessing", "labels", "window"))
+    return Pretrained(
+        load_network(path, name, num_classes=num_classes),
+        name,
+        int(described.get("in_channels", 1)),
+        (path,),
+        window=None if window is None else (int(window[0]), int(window[1]), int(window[2])),
+        labels=None if labels is None else tuple(labels),
+        preprocessing=None if rules is None else Preprocessing.from_dict(rules),
+        overlap=described.get("overlap"),
+    )
 
 
 def load_network(

@@ -14,7 +14,8 @@ from ptq3d.graphs.layers import groups, shape_of, weight_axis, weight_value
 
 ROWS = 4096  # in all, for the moments
 KEPT = 512  # of them, as they are
-BLOCK = 512  # columns whose correlations are kept together; a whole Gram matrix of 512 channels would take 1.5 GB
+WHOLE = 1024  # columns of a layer up to which all correlations are kept
+BLOCK = 512  # beyond, the columns whose correlations are kept together; a whole Gram matrix of 512 channels would take 1.5 GB
 Matrix = npt.NDArray[np.float64]
 Floats = npt.NDArray[np.float32]
 Positions = npt.NDArray[np.int64]
@@ -54,7 +55,8 @@ class Gram:
             windows: how many will be seen; `ROWS` rows are spread over them.
         """
         width = matrix_of(node, constant_of(node.inputs[1])).shape[1]
-        blocks = [slice(start, min(start + BLOCK, width)) for start in range(0, width, BLOCK)]
+        size = width if width <= WHOLE else BLOCK
+        blocks = [slice(start, min(start + size, width)) for start in range(0, width, size)]
         moments = [np.zeros((block.stop - block.start,) * 2, np.float32) for block in blocks]
         rows, kept = max(64, -(-ROWS // max(windows, 1))), max(8, -(-KEPT // max(windows, 1)))
         return cls(node, rows, kept, blocks, moments, np.zeros(width))

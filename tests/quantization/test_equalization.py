@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 from onnx import numpy_helper
 
-from networks import NETWORKS, Builder
+from networks import NETWORKS, WINDOW, Builder
 from ptq3d.errors import CalibrationError
 from ptq3d.quantization import equalization, planning, qdq
 from ptq3d.quantization.observation import TensorSeen
@@ -140,3 +140,62 @@ def test_an_overflowing_network_is_refused_by_tensor(tmp_path: Path) -> None:
     model = graph(b.save(tmp_path / "n.onnx", "logits", 3))
     with pytest.raises(CalibrationError, match=r"exp_2_out.*NaN or infinite"):
         observed(model)
+
+
+def normalized(path: Path, groups: int | None = None) -> Path:
+    """A convolution whose channels span from 30 to 30000, normalized one by one or in groups, and a layer that reads them."""
+    b = Builder(6)
+    wide = b.conv("image", 1, 8)
+    factors = np.repeat(np.geomspace(30, 30000, groups or 8), 8 // (groups or 8))
+    for tensor in b.weights[:2]:
+        values = numpy_helper.to_array(tensor).reshape(8, -1)
+        tensor.raw_data = (values * factors[:, None]).astype(np.float32).tobytes()
+    constants = {"ones": np.ones(groups or 8, np.float32), "zeros": np.zeros(groups or 8, np.float32)}
+    constants |= {"split": np.asarray([1, groups or 8, -1]), "whole": np.asarray([1, 8, *WINDOW])}
+    b.weights += [numpy_helper.from_array(value, name) for name, value in constants.items()]
+    if groups is None:
+        value = b.add("InstanceNormalization", wide, "ones", "zeros")
+    else:
+        normal = b.add("InstanceNormalization", b.add("Reshape", wide, "split"), "ones", "zeros")
+        value = b.add("Reshape", normal, "whole")
+    b.conv(b.add("Relu", value), 8, 3, kernel=1)
+    return b.save(path, "logits", 3)
+
+
+@pytest.mark.parametrize("groups", [None, 4])
+def test_a_normalization_takes_the_spans_of_its_channels_away(groups: int | None, tmp_path: Path) -> None:
+    path = normalized(tmp_path / "n.onnx", groups)
+    exact = outputs(graph(path), tmp_path / "exact.onnx")
+    model = graph(path)
+    placement, seen = planning.place(model, TARGETS["openvino"]), observed(model)
+    found = equalization.level(model, placement, seen.tensors)
+    ((name, (same, factors)),) = found.tensors.items()
+    assert name == same and factors.min() == 1.0 and factors.max() > 100
+    assert np.abs(outputs(model, tmp_path / "levelled.onnx") - exact).max() <= 1e-4 * np.abs(exact).max()
+    after = seen.tensors[name].scaled(factors)
+    spans = np.maximum(-after.low, after.high).reshape(groups or 8, -1).max(1)
+    assert spans.max() <= 1.001 * spans.min()
+
+
+@pytest.mark.parametrize("groups", [None, 4])
+def test_a_normalization_reads_int8_and_levelling_makes_it_closer(groups: int | None, tmp_path: Path) -> None:
+    path = normalized(tmp_path / "n.onnx", groups)
+    exact = outputs(graph(path), tmp_path / "exact.onnx")
+    plain, levelled = graph(path), graph(path)
+    equalization.level(levelled, planning.place(levelled, TARGETS["openvino"]), observed(levelled).tensors)
+    errors = []
+    for index, model in enumerate((plain, levelled)):
+        written = quantized(model)
+        (reader,) = (node for node in written.graph if node.op_type == "InstanceNormalization")
+        source = reader.inputs[0].producer()
+        source = source.inputs[0].producer() if source.op_type == "Reshape" else source
+        assert source.op_type == "DequantizeLinear"
+        errors.append(np.abs(outputs(written, tmp_path / f"{index}.onnx") - exact).mean())
+    assert errors[1] < 0.5 * errors[0]
+
+
+def test_a_channel_that_the_epsilon_hides_is_left_as_it_is() -> None:
+    values = np.random.default_rng(0).normal(0, [1.0, 1e-4], (4000, 2)).astype(np.float32)
+    seen = TensorSeen(values.min(0), values.max(0), values)
+    assert (equalization._levelling(seen, 2, 1e-5) == 1.0).all()
+    assert equalization._levelling(seen, 2, 1e-14)[1] > 1000

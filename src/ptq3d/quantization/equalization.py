@@ -23,6 +23,7 @@ from ptq3d.quantization.planning import Placement
 
 STRENGTH = 0.75
 TINY = 1e-9
+SMALL_EPSILON = 1e-4  # of the variance: a normalization errs by half of it at most when its input is scaled
 PASSES_CHANNELS = frozenset({"MaxPool", "Identity"})
 HOMOGENEOUS = frozenset(
     {"Relu", "LeakyRelu", "PRelu", "MaxPool", "AveragePool", "GlobalAveragePool", "Resize", "Identity", "Dropout"}
@@ -121,6 +122,54 @@ def equalize(
             tensors[name] = (_scale(model, name, factors), factors)
     infer_shapes(model)
     return Equalized(tensors, layers)
+
+
+def level(model: ir.Model, placement: Placement, seen: Mapping[str, TensorSeen]) -> Equalized:
+    """`model` with one span for all channels that a normalization reads, in place; it takes the factors away again.
+
+    The factors go into the weights of the convolution in front; no tensor has another name. A channel or group whose variance is
+    not large beside the normalization's epsilon is left as it is, since (s x - s m) / sqrt(s^2 v + e) would change there.
+
+    Args:
+        model: the simplified FP32 graph that was placed.
+        placement: from `planning.place`.
+        seen: at least the tensors of the placement.
+    """
+    tensors: dict[str, tuple[str, Floats]] = {}
+    values = _values(model)
+    for name in (name for group in placement.tensors if len(group) == 1 for name in group):
+        reader, source = _normalization(values[name]), values[name].producer()
+        if reader is None or source is None or not _is_plain_convolution(source):
+            continue
+        groups_read = shape_of(reader.inputs[0])[1]
+        epsilon = reader.attributes["epsilon"].as_float() if "epsilon" in reader.attributes else 1e-5
+        factors = _levelling(seen[name], groups_read, epsilon)
+        _scale_outputs(model, source, factors)
+        tensors[name] = name, factors
+    return Equalized(tensors, {})
+
+
+def _normalization(value: ir.Value) -> ir.Node | None:
+    """The InstanceNormalization that alone reads a tensor, straight or with groups of its channels as channels."""
+    uses = list(value.uses())
+    if len(uses) != 1 or value.is_graph_output() or len(shape_of(value)) < 3:
+        return None
+    node = uses[0][0]
+    if node.op_type == "Reshape":
+        split = shape_of(node.outputs[0])[1:2]
+        whole = bool(split) and shape_of(value)[1] % split[0] == 0
+        return _normalization(node.outputs[0]) if whole else None
+    return node if node.op_type == "InstanceNormalization" else None
+
+
+def _levelling(seen: TensorSeen, groups_read: int, epsilon: float) -> Floats:
+    """(C,) factors of at least 1 that bring every group of channels to the largest span."""
+    size = len(seen.low) // groups_read
+    spans = np.maximum(-seen.low, seen.high).reshape(groups_read, size).max(1)
+    variances = np.moveaxis(seen.values.reshape(-1, groups_read, size), 1, 0).reshape(groups_read, -1).var(1)
+    large = variances * SMALL_EPSILON > epsilon
+    factors = np.where(large, spans.max() / np.maximum(spans, TINY), 1.0)
+    return np.repeat(factors, size).astype(np.float32)
 
 
 def _input_channels(node: ir.Node) -> int:

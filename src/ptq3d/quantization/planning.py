@@ -119,13 +119,15 @@ def place(model: ir.Model, target: Target, *, keep: Sequence[str] = ()) -> Place
             shared.join(right)
             signed.update(right)
     names = tuple(str(node.name) for node in chosen)
-    residual = _residual_uses(model, names) if target.residual else {}
-    for branch in (*_inner_tensors(model, names, target), *residual.values()):
+    read = _read_uses(model, names, target)
+    signed.update(name for value in read.values() for name in _sources(value))
+    sinks = (_residual_uses(model, names) if target.residual else {}) | read
+    for branch in (*_inner_tensors(model, names, target), *sinks.values()):
         shared.join(list(_sources(branch)))
     tensors = shared.tuples()
     signed = {name for group in tensors if signed & set(group) for name in group}
     planned = {name for group in tensors for name in group}
-    readers = _other_readers(model, names, planned, None if target.outputs else set(residual))
+    readers = _other_readers(model, names, planned, None if target.outputs else set(sinks))
     return Placement(names, kept, tensors, frozenset(signed), readers)
 
 
@@ -141,6 +143,20 @@ def _residual_uses(model: ir.Model, chosen: Collection[str]) -> dict[Use, ir.Val
         layer, value = producers[1 - branch], node.inputs[branch]
         if layer is not None and layer.name in chosen and value is not None and any(_sources(value)):
             found[str(node.name), branch] = value
+    return found
+
+
+def _read_uses(model: ir.Model, chosen: Collection[str], target: Target) -> dict[Use, ir.Value]:
+    """(operator, 0) -> what an operator that reads INT8 gets of INT8 layers: of one, or of a sum of theirs, straight or through moves."""
+    made: set[str | None] = set()
+    found: dict[Use, ir.Value] = {}
+    for node in model.graph:
+        moved = node.inputs[:1] if node.op_type in MOVES else node.inputs if node.op_type == "Add" else ()
+        if node.name in chosen or any(value is not None and value.name in made for value in moved):
+            made.add(node.outputs[0].name)
+        value = node.inputs[0] if node.op_type in target.reads else None
+        if value is not None and value.name in made:
+            found[str(node.name), 0] = value
     return found
 
 

@@ -79,6 +79,8 @@ def quantize_graph(model: ir.Model, seen: Observations, recipe: Recipe) -> Quant
         seen = seen.scaled(done.tensors, done.layers)
         smoothed = smoothing.smooth(model, planning.place(model, target), seen.tensors)
         seen = seen.scaled(smoothed.tensors, smoothed.layers)
+        levelled = equalization.level(model, planning.place(model, target), seen.tensors)
+        seen = seen.scaled(levelled.tensors, levelled.layers)
     head = head_layer_of(model)
     keep = recipe.keep if head is None else (*recipe.keep, glob.escape(head))
     placement = planning.place(model, target, keep=keep)

@@ -28,6 +28,8 @@ class Target:
             everything reads the dequantized tensors. "Concat": its inputs share a scale, whoever reads it.
         fused: operators that run as one with the one in front of them: only the output of the last is quantized.
         residual: the other branch of an Add behind an INT8 layer is quantized too.
+        reads: operators that read INT8 straight out of an INT8 layer, though they do not multiply; zero-point 0, since they take
+            any shift of a channel away and OpenVINO does not know it.
         direct: layers must read a DequantizeLinear itself: concats and moves in front of them are quantized behind, too.
         channel_steps: QuantizeLinear may have a step for each channel where DequantizeLinear has one: channel scales are free.
         second_terms: a sensitive layer may read what its input's rounding leaves as further channels.
@@ -40,6 +42,7 @@ class Target:
     outputs: frozenset[str] = frozenset()
     fused: frozenset[str] = frozenset()
     residual: bool = False
+    reads: frozenset[str] = frozenset()
     direct: bool = False
     channel_steps: bool = False
     second_terms: bool = False
@@ -52,7 +55,9 @@ TARGETS: Mapping[str, Target] = {
             "openvino",
             frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"}),
             False,
-            "x86 multiplies u8 activations with s8 weights (VNNI); concat and pooling stay in u8 where scales are equal",
+            "x86 multiplies u8 activations with s8 weights (VNNI); concat and pooling stay in u8 where scales are equal; "
+            "a normalization reads INT8 in half the time, and turning its groups costs more than the convolution in float",
+            reads=frozenset({"InstanceNormalization"}),
             channel_steps=True,
             second_terms=True,
         ),

@@ -21,7 +21,7 @@ from bundles import CT, LOADING, RAS, TYPED, UNET, inference, network, write_bun
 from networks import NETWORKS
 from ptq3d.cli import main
 from ptq3d.errors import GraphError, OptionError
-from ptq3d.exporting import export, export_all, source_of
+from ptq3d.exporting import _output, export, source_of
 from ptq3d.graphs.export import export_network, label_agreement, relative_error
 from ptq3d.graphs.files import load_graph
 from ptq3d.manifest import embedded
@@ -206,14 +206,17 @@ def test_folds_become_files(
     names = ["nnunet_fold0_fp32.onnx", "nnunet_fold3_fp32.onnx"]
     assert [Path(file["path"]).name for file in json.loads((tmp_path / "r.json").read_text())["files"]] == names
     assert all((tmp_path / name).is_file() for name in names)
-    written = export_all(
-        ExportOptions(nnunet=tmp_path / "results", configuration="3d_fullres", output=tmp_path / "x/n.onnx")
-    )
-    assert [one.path.name for one in written] == ["n_fold0.onnx", "n_fold3.onnx"]
     assert main(["export", *source, "--folds", "3", "--output", str(tmp_path / "one.onnx")]) == 0
     capsys.readouterr()
     assert main(["quantize", *source, "--calibration-data", str(tmp_path)]) == 2
     assert "holds 2 networks" in sentence(capsys)
+
+
+def test_the_fold_goes_into_any_name() -> None:
+    given = ExportOptions(nnunet=Path("r"), output=Path("x/n_fp32.onnx"))
+    assert _output(given, Path("r/default.onnx"), "fold2") == Path("x/n_fold2_fp32.onnx")
+    assert _output(ExportOptions(nnunet=Path("r")), Path("r/n.onnx"), "foldall") == Path("r/n_foldall.onnx")
+    assert _output(given, Path("r/default.onnx"), "") == Path("x/n_fp32.onnx")
 
 
 def test_anyones_onnx_gets_a_manifest(tmp_path: Path, rules: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -245,7 +245,7 @@ def test_channels_by_themselves_need_one_channel(tmp_path: Path) -> None:
     two = {**UNET, "in_channels": 2}
     steps = [*LOADING, with_(NORMALIZE, channel_wise=True)]
     folder = write_bundle(tmp_path / "b", inference(steps, network_def=two), network(two), channels=2)
-    with pytest.raises(OptionError, match="NormalizeIntensityd.*each of 2 channels"):
+    with pytest.raises(OptionError, match=r"NormalizeIntensityd.*each of 2 channels"):
         from_bundle(folder)
     folder = write_bundle(tmp_path / "c", inference([*LOADING, NORMALIZE], network_def=two), network(two), channels=2)
     assert from_bundle(folder).in_channels == 2

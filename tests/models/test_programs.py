@@ -20,18 +20,29 @@ from ptq3d.errors import CheckpointError, FileError, GraphError
 from ptq3d.graphs.export import export_network, label_agreement, relative_error
 from ptq3d.models.programs import from_exported_program, from_torchscript
 
-WINDOW = (8, 16, 12)
+WINDOW = (8, 16, 24)
 SEGRESNET = {"_target_": "SegResNet", "init_filters": 8, "in_channels": 2, "out_channels": 3}
 DEFINITIONS = {"unet": UNET, "segresnet": SEGRESNET}
 pytestmark = pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning", "ignore::FutureWarning"
-)  # torch's own, of torch.jit
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::torch.jit.TracerWarning"
+)
 
 
 def program_file(path: Path, definition: dict[str, Any] = UNET, batch: int = 1) -> Path:
     example = torch.rand(batch, definition["in_channels"], *WINDOW)
     torch.export.save(torch.export.export(network(definition), (example,)), path)
     return path
+
+
+@pytest.fixture(scope="module")
+def saved_program(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    return program_file(tmp_path_factory.mktemp("program") / "n.pt2").read_bytes()
+
+
+@pytest.fixture
+def program(saved_program: bytes, tmp_path: Path) -> Path:
+    (tmp_path / "n.pt2").write_bytes(saved_program)
+    return tmp_path / "n.pt2"
 
 
 def script_file(path: Path, definition: dict[str, Any] = UNET, *, traced: bool = False) -> Path:
@@ -52,8 +63,9 @@ def answers_of(model: Any, window: np.ndarray, tmp_path: Path) -> np.ndarray:
     return answer
 
 
-@pytest.mark.parametrize("name", DEFINITIONS)
-@pytest.mark.parametrize("kind", ["scripted", "traced", "program"])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("unet", "scripted"), ("segresnet", "scripted"), ("segresnet", "traced"), ("unet", "program")]
+)
 def test_the_export_is_the_network(name: str, kind: str, tmp_path: Path) -> None:
     definition = DEFINITIONS[name]
     if kind == "program":
@@ -160,7 +172,7 @@ HARMS: dict[str, tuple[Callable[[Members, Path], Any], str]] = {
     "pickled example inputs": (
         lambda m, ran: m.update({"data/sample_inputs/model.pt": saved(((Payload(ran),), {}))}), "example inputs"),
     "a bare pickle": (
-        lambda m, ran: m.update({"data/sample_inputs/model.pt": pickle.dumps(Payload(ran))}), "example inputs"),
+        lambda m, ran: m.update({"data/sample_inputs/model.pt": pickle.dumps(Payload(ran), protocol=2)}), "example inputs"),
     "pickled weights": (pickled_weights, "pickled tensors"),
     "a pickled object": (
         lambda m, ran: m.update({"data/constants/opaque_obj_0": pickle.dumps(Payload(ran))}), r"'data/constants/opaque_obj_0'"),
@@ -178,26 +190,24 @@ HARMS: dict[str, tuple[Callable[[Members, Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", HARMS)
-def test_programs_that_need_code_are_refused_unread(name: str, tmp_path: Path) -> None:
+def test_programs_that_need_code_are_refused_unread(name: str, program: Path, tmp_path: Path) -> None:
     change, message = HARMS[name]
-    path = program_file(tmp_path / "n.pt2")
-    rewritten(path, lambda members: change(members, tmp_path / "ran"))
+    rewritten(program, lambda members: change(members, tmp_path / "ran"))
     with pytest.raises(CheckpointError, match=f"needs code to load.*{message}"):
-        from_exported_program(path)
+        from_exported_program(program)
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_rewritten_program_alone_is_read(tmp_path: Path) -> None:
+def test_a_rewritten_program_alone_is_read(program: Path) -> None:
     """So that the test above refuses for its own reasons."""
-    path = program_file(tmp_path / "n.pt2")
-    rewritten(path, lambda members: None)
-    assert from_exported_program(path).window == WINDOW
+    rewritten(program, lambda members: None)
+    assert from_exported_program(program).window == WINDOW
 
 
-def test_what_is_no_program_of_one_window(tmp_path: Path) -> None:
+def test_what_is_no_program_of_one_window(program: Path, tmp_path: Path) -> None:
     with pytest.raises(FileError, match="nowhere"):
         from_exported_program(tmp_path / "nowhere.pt2")
-    whole = program_file(tmp_path / "n.pt2").read_bytes()
+    whole = program.read_bytes()
     (tmp_path / "half.pt2").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CheckpointError, match="truncated"):
         from_exported_program(tmp_path / "half.pt2")
@@ -207,15 +217,14 @@ def test_what_is_no_program_of_one_window(tmp_path: Path) -> None:
     torch.export.save(flat, tmp_path / "flat.pt2")
     with pytest.raises(CheckpointError, match="one image"):
         from_exported_program(tmp_path / "flat.pt2")
-    found = from_exported_program(tmp_path / "n.pt2")
+    found = from_exported_program(program)
     with pytest.raises(GraphError, match="does not take windows"):
         export_network(found.network, channels=1, window=(8, 8, 8))
 
 
-def test_a_member_twice_is_refused(tmp_path: Path) -> None:
-    path = program_file(tmp_path / "n.pt2")
-    with warnings.catch_warnings(), zipfile.ZipFile(path, "a") as archive:
+def test_a_member_twice_is_refused(program: Path) -> None:
+    with warnings.catch_warnings(), zipfile.ZipFile(program, "a") as archive:
         warnings.simplefilter("ignore")
         archive.writestr(archive.namelist()[0], b"x")
     with pytest.raises(CheckpointError, match="once each"):
-        from_exported_program(path)
+        from_exported_program(program)

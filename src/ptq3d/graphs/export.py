@@ -93,19 +93,38 @@ def _callable(network: Module | ExportedProgram) -> Callable[[Tensor], object]:
 
 
 def _exportable(network: Module | ExportedProgram, example: Tensor) -> Module | ExportedProgram:
-    """What PyTorch's exporter takes: a program for a script, whose graph it cannot trace; all others as they are."""
+    """What PyTorch's exporter takes: the operators of a script, which it cannot trace itself; all others as they are."""
     import torch
 
     if not isinstance(network, torch.jit.ScriptModule):
         return network
-    from torch._export.converter import TS2EPConverter
-
     try:
-        return TS2EPConverter(network, (example,)).convert()
+        return _operators_called(network, example)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
         raise GraphError(
             f"PyTorch cannot turn this TorchScript into a graph: {_line(error, 0)}. Export the network itself to ONNX."
         ) from error
+
+
+def _operators_called(script: Module, example: Tensor) -> ExportedProgram:
+    """The operators on tensors that a script calls for one window, its loops and branches taken as they go for it.
+
+    PyTorch 2.13 offers two other ways: TS2EPConverter ends at loops, the exporter of before 2.5 at lists.
+    """
+    import torch
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    aten = torch.ops.aten
+    with torch.no_grad():
+        graph = make_fx(lambda window: script(window), pre_dispatch=True)(example)
+    for node in graph.graph.nodes:
+        if node.target in (
+            aten._convolution.default,
+            aten._convolution.deprecated,
+        ):  # of traces: flags of cuDNN at the end
+            node.target, node.args = aten.convolution.default, node.args[:9]
+    graph.recompile()
+    return torch.export.export(graph, (example,))
 
 
 def _torch_export(network: Module | ExportedProgram, example: Tensor, path: Path) -> None:

@@ -18,10 +18,18 @@ LABELLING = ("Activationsd", "AsDiscreted", "Invertd", "SaveImaged", "EnsureType
              "CastToTyped", "CopyItemsd", "DeleteItemsd", "SelectItemsd")  # fmt: skip
 WHOLE = (None, "SimpleInferer", "monai.inferers.SimpleInferer")
 SLIDING = ("SlidingWindowInferer", "monai.inferers.SlidingWindowInferer")
-ARGUMENTS = ("_target_", "_desc_", "roi_size", "overlap", "mode", "sigma_scale", "padding_mode", "cval", "with_coord",
-             "sw_batch_size", "sw_device", "device", "progress", "cache_roi_weight_map", "cpu_thresh", "buffer_steps",
-             "buffer_dim")  # fmt: skip
 SIGMA = 0.125  # of `ptq3d.windows`, share of the window's size
+DEFAULTS: Mapping[str, Any] = {
+    "roi_size": None,
+    "overlap": 0.25,
+    "mode": "constant",
+    "sigma_scale": SIGMA,
+    "padding_mode": "constant",
+    "cval": 0.0,
+    "with_coord": False,
+}
+IGNORED = ("_target_", "_desc_", "sw_batch_size", "sw_device", "device", "progress", "cache_roi_weight_map", "cpu_thresh",
+           "buffer_steps", "buffer_dim")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,21 +68,10 @@ def sliding_of(config: Config, *, patch: Any, window: Window | None) -> Sliding:
             f"{config.path}: the inferer is '{arguments['_target_']}', ptq3d has sliding windows only. "
             "Write a SlidingWindowInferer there."
         )
-    unknown = sorted(set(arguments) - set(ARGUMENTS))
+    unknown = sorted(set(arguments) - {*DEFAULTS, *IGNORED})
     if unknown:
         raise OptionError(f"{config.path}: ptq3d does not know '{unknown[0]}' of the inferer. Leave it out.")
-    values = {
-        key: config.plain(arguments.get(key, default), f"inferer::{key}")
-        for key, default in (
-            ("roi_size", None),
-            ("overlap", 0.25),
-            ("mode", "constant"),
-            ("sigma_scale", SIGMA),
-            ("padding_mode", "constant"),
-            ("cval", 0.0),
-            ("with_coord", False),
-        )  # fmt: skip
-    }
+    values = {key: config.plain(arguments.get(key, default), f"inferer::{key}") for key, default in DEFAULTS.items()}
     return _sliding(config, values, window)
 
 

@@ -146,7 +146,8 @@ def _listed(config: Config, item: Any, where: str) -> Iterator[tuple[str, str, M
         return
     if not isinstance(item, dict) or not isinstance(item.get("_target_"), str):
         raise OptionError(
-            f"{config.path}: '{where}' is no list of transforms. Write one there; what happens to images can also be said by --preprocessing FILE."
+            f"{config.path}: '{where}' is no list of transforms. Write one there. What happens to images can also be said by "
+            "--preprocessing FILE."
         )
     name = _class_name(item["_target_"])
     if name != "Compose":

@@ -142,6 +142,7 @@ def test_what_is_given_goes_before_what_the_bundle_says(tmp_path: Path) -> None:
 
 TRANSFORMS: dict[str, list[Change]] = {
     "ct": [RAS, SPACING, CT],
+    "aligned corners": [RAS, with_(SPACING, align_corners=True), CT],
     "turned": [with_(RAS, axcodes="LIA"), SPACING, CT],
     "as stored": [CT],
     "to -1..1": [RAS, SPACING, with_(CT, b_min=-1.0, b_max=1.0)],
@@ -219,7 +220,7 @@ REFUSED_TRANSFORMS: dict[str, tuple[list[Change], str]] = {
     "code of the bundle": ([{"_target_": "scripts.mine.Prepare", **KEYS}], r"transform 3.*scripts\.mine\.Prepare"),
     "code of anyone": ([{"_target_": "os.system", "command": "touch x"}], r"transform 3.*os\.system"),
     "splines": ([RAS, with_(SPACING, mode=3)], "Spacingd.*'mode' 3.*'bilinear'"),
-    "aligned corners": ([RAS, with_(SPACING, diagonal=True)], "Spacingd.*'diagonal' True"),
+    "diagonal": ([RAS, with_(SPACING, diagonal=True)], "Spacingd.*'diagonal' True"),
     "one spacing": ([RAS, with_(SPACING, pixdim=2.0)], "Spacingd.*'pixdim' 2.0"),
     "spacing kept": ([RAS, with_(SPACING, pixdim=[1.0, 1.0, -1])], "Spacingd.*'pixdim'"),
     "turned after": ([SPACING, RAS], "transform 4.*Orientationd.*behind Spacingd"),
@@ -333,7 +334,8 @@ def test_code_in_parts_that_are_not_needed_is_not_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "value"),
     [("$1 + 2 * @three", 7), ("$-@three / 2", -1.5), ("$@three // 2 if @three > 4 else [@three % 2]", [1]), ("$not @three", False),
-     ("$@list#1 == 5", True), ("$'a' + 'b'", "ab"), ("$(1, None)", [1, None]), ("50%", "50%"), ("a@three", "a@three")],
+     ("$@list#1 == 5", True), ("$'a' + 'b'", "ab"), ("$(1, None)", [1, None]),
+     ("$len(@list) + len('abc')", 5), ("$monai.utils.CommonKeys.IMAGE", "image"), ("50%", "50%"), ("a@three", "a@three")],
 )  # fmt: skip
 def test_plain_expressions_are_worth_what_python_says(text: str, value: Any, tmp_path: Path) -> None:
     path = tmp_path / "c.json"
@@ -354,6 +356,10 @@ def test_plain_expressions_are_worth_what_python_says(text: str, value: Any, tmp
         "$[x for x in 'a']",
         "$_0",
         "${}",
+        "$len(3)",
+        "$len",
+        "$monai.utils",
+        "$print(1)",
         "$'a' * 9",
     ],
 )

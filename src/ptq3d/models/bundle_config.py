@@ -18,6 +18,12 @@ PLACEHOLDER = "__reference_"  # what a reference is called while its expression 
 DEEPEST = 32  # lists in lists: more is an item that refers to itself
 LONGEST = 10_000  # characters or entries that an expression may put together
 
+CONSTANTS: Mapping[str, str] = {
+    "monai.utils.CommonKeys.IMAGE": "image",
+    "monai.utils.CommonKeys.LABEL": "label",
+    "monai.utils.CommonKeys.PRED": "pred",
+}
+
 Operation = Callable[[Any, Any], Any]
 ARITHMETIC: Mapping[type[ast.AST], Operation] = {
     ast.Add: operator.add,
@@ -180,6 +186,10 @@ def _value(node: ast.expr, look_up: Callable[[str], Any]) -> Any:
             return node.value
         case ast.Name():
             return look_up(node.id)
+        case ast.Attribute() if ast.unparse(node) in CONSTANTS:
+            return CONSTANTS[ast.unparse(node)]
+        case ast.Call(func=ast.Name(id="len"), args=[part], keywords=[]):
+            return len(_value(part, look_up))
         case ast.List() | ast.Tuple():
             return [_value(part, look_up) for part in node.elts]
         case ast.UnaryOp() if type(node.op) in UNARY:

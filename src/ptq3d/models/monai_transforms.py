@@ -210,7 +210,10 @@ def _spacing(draft: Draft, step: Step) -> Draft:
         raise step.refused(f"resamples what {draft.crop.name} leaves, and ptq3d does not crop")
     step.require("mode", "bilinear", (1, "bilinear"))
     step.require("padding_mode", "border", ("border",))
-    for argument in ("diagonal", "recompute_affine", "scale_extent", "align_corners"):
+    step.require(
+        "align_corners", False, (True, False)
+    )  # makes no difference to voxels inside, MONAI's grid is the same
+    for argument in ("diagonal", "recompute_affine", "scale_extent"):
         step.require(argument, False, (False,))
     for argument in ("min_pixdim", "max_pixdim"):
         step.require(argument, None, (None,))

@@ -99,7 +99,8 @@ class Config:
         if isinstance(value, dict):
             if "_target_" in value:
                 raise CheckpointError(
-                    f"{self.path}: '{where}' makes a '{value['_target_']}', which ptq3d does not. Write its value there."
+                    f"{self.path}: '{where}' is made by '{value['_target_']}': refused, it needs code. Write a plain value there, or "
+                    "export the network to ONNX with its own code."
                 )
             return {key: self.plain(part, f"{where}::{key}") for key, part in value.items()}
         return value

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ptq3d.compare import compare
     from ptq3d.demo import demo
     from ptq3d.deployment import deploy
+    from ptq3d.exporting import export
     from ptq3d.inspection import inspect
     from ptq3d.options import (
         BuildOptions,
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
         SensitivityOptions,
         TrainOptions,
     )
-    from ptq3d.pipeline import calibrate, export, train
+    from ptq3d.pipeline import calibrate, train
     from ptq3d.verification import quantize, sensitivity
 
 # public name -> module; loaded on first use, so that `import ptq3d` loads no torch, openvino or monai
@@ -45,7 +46,7 @@ _MODULES = {
     "compare": "compare",
     "demo": "demo",
     "deploy": "deployment",
-    "export": "pipeline",
+    "export": "exporting",
     "inspect": "inspection",
     "quantize": "verification",
     "sensitivity": "verification",

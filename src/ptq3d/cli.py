@@ -53,14 +53,19 @@ def train(options: TrainOptions) -> None:
 
 def export(options: ExportOptions) -> None:
     """Run `ptq3d export`."""
-    written = _verb("ptq3d.pipeline", "export")(options)
-    error = written.facts["max_relative_error"]
-    _say(
-        options,
-        f"{written.path}: {_size(written.size_bytes)}, {written.facts['network']}; "
-        f"differs from PyTorch by {error:.1e} of the logits' span at most",
-    )
-    _report(options, {"path": str(written.path), "size_bytes": written.size_bytes, **written.facts})
+    written = _verb("ptq3d.exporting", "export_all")(options)
+    files = [{"path": str(one.path), "size_bytes": one.size_bytes, **one.facts} for one in written]
+    for one in written:
+        _say(options, f"{one.path}: {_size(one.size_bytes)}, {one.facts['network']}{_checked(one.facts)}")
+    _report(options, files[0] if len(files) == 1 else {"files": files})
+
+
+def _checked(facts: Mapping[str, Any]) -> str:
+    """What an export says of PyTorch; nothing where the source was ONNX."""
+    if "max_relative_error" not in facts:
+        return ""
+    error, same = facts["max_relative_error"], facts["label_agreement"]
+    return f"; differs from PyTorch by {error:.1e} of the logits' span at most, {same:.3%} of the labels are equal"
 
 
 def calibrate(options: CalibrateOptions) -> None:

@@ -13,6 +13,7 @@ from ptq3d.compare import Comparison, compare
 from ptq3d.datasets.phantoms import write_phantoms
 from ptq3d.errors import OptionError
 from ptq3d.evaluation.figures import Bar, Slice, draw_report
+from ptq3d.exporting import export
 from ptq3d.manifest import write_text
 from ptq3d.options import (
     BuildOptions,
@@ -23,7 +24,7 @@ from ptq3d.options import (
     QuantizeOptions,
     TrainOptions,
 )
-from ptq3d.pipeline import calibrate, export, train
+from ptq3d.pipeline import calibrate, train
 from ptq3d.progress import bar
 from ptq3d.quantizing import quantize
 from ptq3d.volumes.files import load_image, load_labels

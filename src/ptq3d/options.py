@@ -94,23 +94,45 @@ class TrainOptions(Common):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportOptions(Common):
-    """Turn a checkpoint into an FP32 ONNX file with its manifest, checked against PyTorch."""
+class SourceOptions(Common):
+    """Where a network comes from: exactly one of the first six, and what it does not say itself."""
 
-    checkpoint: Annotated[Path, arg(aliases=["--pretrained-weights-path"])]
+    checkpoint: Annotated[Path | None, arg(aliases=["--pretrained-weights-path"])] = None
     """Checkpoint: ours, or a state dict with --net."""
-    output: Annotated[Path | None, arg(aliases=["--onnx-file-name"])] = None
-    """The ONNX file to write; default: beside the checkpoint, <name>.onnx."""
+    nnunet: Path | None = None
+    """nnU-Net v2 results folder of a trainer (with plans.json, dataset.json and fold_0, ...)."""
+    bundle: Path | None = None
+    """MONAI bundle: its folder (with configs/ and models/) or a .zip of it. Its code is not run."""
+    torchscript: Path | None = None
+    """File of torch.jit.save."""
+    exported_program: Path | None = None
+    """File of torch.export.save, exported for one window."""
+    onnx_path: Annotated[Path | None, arg(aliases=["--onnx"])] = None
+    """FP32 ONNX file, ours or anyone's."""
     net: str | None = None
     """Architecture, where the checkpoint does not say."""
     num_classes: int | None = None
     """Classes with background that the checkpoint must have."""
+    folds: tuple[str, ...] = ()
+    """Folds of an nnU-Net folder, e.g. 0 1 2; default: all that are there."""
+    configuration: str | None = None
+    """Configuration of an nnU-Net folder (3d_fullres), or the bundle's configs/<name>.json; default: inference."""
+    in_channels: int | None = None
+    """Channels of a TorchScript's image; default: those of its first convolution."""
     window: Sizes | None = None
-    """Window in voxels; default: the checkpoint's, or 96 96 96."""
+    """Window in voxels; default: the source's, or 96 96 96. An ONNX file takes another one if it is fully convolutional."""
     preprocessing: str | None = None
-    """A preset (btcv) or a TOML / JSON file, where the checkpoint does not say."""
+    """A preset (btcv) or a TOML / JSON file, where the source does not say; it is embedded in the file."""
     label_map: Path | None = None
-    """JSON with class names, where the checkpoint does not say."""
+    """JSON with class names, where the source does not say."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(SourceOptions):
+    """Turn a source of weights into an FP32 ONNX file with its manifest, checked against PyTorch."""
+
+    output: Annotated[Path | None, arg(aliases=["--onnx-file-name"])] = None
+    """The ONNX file to write; default: beside the source, <name>_fp32.onnx. Several folds add _fold0, _fold1, ..."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,13 +160,14 @@ class CalibrateOptions(Common):
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuantizeOptions(Common):
-    """Turn an FP32 ONNX file into a Q/DQ ONNX file with INT8 weights."""
+class QuantizeOptions(SourceOptions):
+    """Turn an FP32 ONNX file, or any other source of weights, into a Q/DQ ONNX file with INT8 weights.
 
-    onnx_path: Annotated[Path, arg(aliases=["--onnx"])]
-    """The FP32 ONNX file."""
+    A source that is no ONNX file is exported first, to <output>_fp32.onnx.
+    """
+
     output_path: Annotated[Path | None, arg(aliases=["--output"])] = None
-    """The Q/DQ file to write; default: <name>_int8.onnx beside it."""
+    """The Q/DQ file to write; default: <name>_int8.onnx beside the source."""
     calibration_data: Annotated[Path | None, arg(aliases=["--calibration"])] = None
     """A .npy / .npz of windows, or a folder of volumes; needed unless --retarget is given."""
     retarget: str | None = None
@@ -171,12 +194,6 @@ class QuantizeOptions(Common):
     """Leave as few layers as possible in floating point so that 1 - fidelity on the validation data stays within this, e.g. 0.005."""
     guard: bool = False
     """Measure whether each thin layer's INT8 makes the engine faster, and leave it in floating point where it does not."""
-    preprocessing: str | None = None
-    """A preset (btcv) or a TOML / JSON file, for a network without a manifest; it is embedded in the INT8 file."""
-    label_map: Path | None = None
-    """JSON with class names, for a network without a manifest."""
-    window: Sizes | None = None
-    """Another window for a fully convolutional network of static shape."""
     quantize_mode: str = "int8"
     """Only int8 (a flag of ModelOpt's command line)."""
     high_precision_dtype: str = "fp32"

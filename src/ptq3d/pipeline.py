@@ -1,10 +1,8 @@
-"""The model flow: checkpoint -> FP32 ONNX -> Q/DQ ONNX -> engine artefact. One function a verb."""
+"""The model flow around the network file: train, calibrate, and what all of its verbs share."""
 
 from __future__ import annotations
 
 import logging
-import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,22 +12,16 @@ import numpy as np
 
 from ptq3d.datasets.folders import Case, find_cases
 from ptq3d.datasets.label_map import LabelMap
-from ptq3d.engines import choose_backend, get_backend
-from ptq3d.engines.base import EngineOptions
-from ptq3d.errors import GraphError, LabelError, OptionError
-from ptq3d.graphs.export import TOLERANCE, export_network, relative_error
-from ptq3d.graphs.files import load_graph, save_graph, static_input_shape
-from ptq3d.manifest import Manifest, embed, embedded, sha256
-from ptq3d.options import CalibrateOptions, ExportOptions, TrainOptions
+from ptq3d.errors import LabelError, OptionError
+from ptq3d.graphs.files import load_graph, static_input_shape
+from ptq3d.manifest import embedded, sha256
+from ptq3d.options import CalibrateOptions, TrainOptions
 from ptq3d.progress import Progress, bar, silent
 from ptq3d.quantization import calibration
 from ptq3d.volumes.files import load_image, load_labels
 from ptq3d.volumes.preprocessing import PRESETS, Preprocessing
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
-
-    from ptq3d.models.pretrained import Pretrained
     from ptq3d.training import TrainingResult
 
 log = logging.getLogger("ptq3d")
@@ -65,54 +57,6 @@ def preprocessing_of(name: str) -> Preprocessing:
     return Preprocessing.load(Path(name))
 
 
-def export(options: ExportOptions) -> Written:
-    """Checkpoint -> FP32 ONNX with its manifest, checked against PyTorch.
-
-    Raises:
-        CheckpointError: the weights belong to another network, or need code to load.
-        GraphError: the export differs from PyTorch by more than 1e-3 of the logits' span.
-    """
-    from ptq3d.models.sources import from_checkpoint
-
-    found = from_checkpoint(options.checkpoint, options.net, num_classes=options.num_classes)
-    return _exported(found, options, options.output or options.checkpoint.with_name(f"{found.name}_fp32.onnx"))
-
-
-def _exported(found: Pretrained, options: ExportOptions, output: Path) -> Written:
-    """The ONNX file of a network, checked, with the manifest that its source and `options` give it."""
-    window = options.window or found.window or DEFAULT_WINDOW
-    exported = export_network(found.network, channels=found.in_channels, window=window)
-    manifest = Manifest(
-        labels=class_names(options.label_map, found.labels, exported.logits.shape[1]),
-        window=window,
-        preprocessing=_export_preprocessing(options, found),
-        overlap=0.5 if found.overlap is None else found.overlap,
-        network=found.name,
-        source={file.name: sha256(file) for file in found.files},
-    )
-    embed(exported.model, manifest)
-    error = _save_checked(exported.model, output, exported.window, exported.logits)
-    facts = {
-        "network": found.name,
-        "max_relative_error": error,
-        "window": list(window),
-        "classes": list(manifest.labels),
-    }
-    return Written(output, output.stat().st_size, facts)
-
-
-def _export_preprocessing(options: ExportOptions, found: Pretrained) -> Preprocessing:
-    if options.preprocessing is not None:
-        return preprocessing_of(options.preprocessing)
-    if found.preprocessing is not None:
-        return found.preprocessing
-    log.warning(
-        "%s does not say how its images are prepared; taking the preset btcv. Say otherwise with --preprocessing.",
-        found.files[0],
-    )
-    return PRESETS["btcv"]
-
-
 def class_names(label_map: Path | None, described: Iterable[str] | None, classes: int) -> tuple[str, ...]:
     """Names of a network's classes: from a label map, else as described, else BTCV's for 14, else numbers.
 
@@ -134,25 +78,6 @@ def class_names(label_map: Path | None, described: Iterable[str] | None, classes
             f"{len(names)} class names ({', '.join(names[:3])}, ...) for a network with {classes} outputs. Give a --label-map that fits."
         )
     return names
-
-
-def _save_checked(model: ir.Model, output: Path, window: np.ndarray, logits: np.ndarray) -> float:
-    """Write the graph once its FP32 engine agrees with PyTorch; returns the relative error."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
-        path = Path(scratch) / output.name
-        save_graph(model, path)
-        backend = get_backend(choose_backend("auto")[0])
-        backend.build(path, Path(scratch) / "engine")
-        with backend.open(Path(scratch) / "engine", EngineOptions()) as engine:
-            error = relative_error(engine(window), logits)
-        if not error <= TOLERANCE:
-            raise GraphError(
-                f"the exported ONNX differs from PyTorch by {error:.2g} of the logits' span, more than {TOLERANCE:g}. It was not written."
-            )
-        for file in Path(scratch).glob(f"{output.name}*"):
-            os.replace(file, output.with_name(file.name))
-    return error
 
 
 def calibrate(options: CalibrateOptions) -> Written:

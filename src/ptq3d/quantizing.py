@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from ptq3d.datasets.folders import find_cases
 from ptq3d.errors import GraphError, OptionError
-from ptq3d.graphs.files import load_graph, resize_window, save_graph, static_input_shape
-from ptq3d.graphs.layers import shape_of
-from ptq3d.graphs.passes import is_quantized, simplify
+from ptq3d.exporting import BELONGS_TO, ONNX, SOURCES, described, export, source_of
+from ptq3d.graphs.files import load_graph, save_graph, static_input_shape
+from ptq3d.graphs.passes import is_quantized
 from ptq3d.int8 import LIMITS, Scale
-from ptq3d.manifest import Manifest, embed, embedded, sha256
-from ptq3d.options import QuantizeOptions
-from ptq3d.pipeline import Written, case_windows, class_names, preprocessing_of
+from ptq3d.manifest import Manifest, embed, sha256
+from ptq3d.options import ExportOptions, QuantizeOptions, SourceOptions
+from ptq3d.pipeline import Written, case_windows
 from ptq3d.progress import Progress, bar
 from ptq3d.quantization import calibration, planning, qdq, retargeting
 from ptq3d.quantization.observation import Observations
@@ -28,6 +29,10 @@ from ptq3d.version import __version__
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+log = logging.getLogger("ptq3d")
+AnyQuantize = TypeVar("AnyQuantize", bound=QuantizeOptions)
+NO_DATA = "--calibration-data is missing: windows or volumes to draw the ranges from."
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,40 @@ class Calibrated:
     windows: int
 
 
+def with_onnx(options: AnyQuantize) -> AnyQuantize:
+    """The options with an ONNX file in place of any other source, which is exported first, beside the output.
+
+    Raises:
+        OptionError: not exactly one source or several networks, no calibration data, or --retarget of what is no ONNX file.
+        InputError: see `exporting.export`.
+    """
+    if source_of(options)[0] == ONNX:
+        return options
+    if options.retarget is not None:
+        raise OptionError("--retarget takes a Q/DQ file: name it with --onnx.")
+    if options.calibration_data is None:
+        raise OptionError(NO_DATA)
+    output = options.output_path
+    fp32 = None if output is None else output.with_name(f"{output.stem.removesuffix('_int8')}_fp32.onnx")
+    given = {field.name: getattr(options, field.name) for field in fields(SourceOptions)}
+    path = export(ExportOptions(**given, output=fp32)).path
+    log.info("%s: the FP32 network, exported first and checked", path)
+    used: dict[str, Any] = {**dict.fromkeys((*SOURCES, *BELONGS_TO)), "folds": (), "window": None, ONNX: path}
+    int8 = output or path.with_name(f"{path.stem.removesuffix('_fp32')}_int8.onnx")
+    return replace(options, **used, output_path=int8)
+
+
+def network_file(options: QuantizeOptions) -> Path:
+    """The FP32 ONNX file of options that `with_onnx` has seen.
+
+    Raises:
+        OptionError: they name none.
+    """
+    if options.onnx_path is None:
+        raise OptionError("no ONNX file is named. Give --onnx FILE.")
+    return options.onnx_path
+
+
 def observed(options: QuantizeOptions) -> Calibrated:
     """The FP32 graph of `options`, with what one pass over the calibration windows saw of it.
 
@@ -65,7 +104,7 @@ def observed(options: QuantizeOptions) -> Calibrated:
 
 
 def quantize(options: QuantizeOptions) -> Written:
-    """FP32 ONNX -> Q/DQ ONNX: ranges from calibration, scales and placement for a target, weights stored as INT8.
+    """FP32 ONNX or another source of weights -> Q/DQ ONNX: ranges from calibration, scales for a target, INT8 weights.
 
     Raises:
         GraphError: the graph is quantized already, dynamic, or invalid.
@@ -73,6 +112,7 @@ def quantize(options: QuantizeOptions) -> Written:
         OptionError: a mode or type that is not written here.
     """
     check_modelopt_flags(options)
+    options = with_onnx(options)
     if options.retarget is not None:
         return _retargeted(options, get_target(options.retarget))
     recipe = recipe_of(options)
@@ -108,18 +148,18 @@ def write_quantized(
         "ranges": {name: _real_range(scale) for name, scale in made.plan.activations.items()},
         **(evidence or {}),
     }
-    source = {options.onnx_path.name: sha256(options.onnx_path)}
+    fp32 = network_file(options)
+    source = {fp32.name: sha256(fp32)}
     embed(made.model, replace(found.manifest, quantization=facts, source=source))
     output = output_of(options)
     save_graph(made.model, output)
-    return Written(output, output.stat().st_size, {**facts, "fp32_size_bytes": options.onnx_path.stat().st_size})
+    return Written(output, output.stat().st_size, {**facts, "fp32_size_bytes": fp32.stat().st_size})
 
 
 def output_of(options: QuantizeOptions) -> Path:
     """The Q/DQ file to write: as asked for, else beside the ONNX file and named after it."""
-    return options.output_path or options.onnx_path.with_name(
-        f"{options.onnx_path.stem}_{options.retarget or 'int8'}.onnx"
-    )
+    path = network_file(options)
+    return options.output_path or path.with_name(f"{path.stem}_{options.retarget or 'int8'}.onnx")
 
 
 def _real_range(scale: Scale) -> list[float]:
@@ -158,13 +198,14 @@ def _retargeted(options: QuantizeOptions, target: Target) -> Written:
         raise OptionError(
             f"--target {options.target} and --retarget {target.name} name two runtimes. Give one of them."
         )
-    model = load_graph(options.onnx_path)
+    path = network_file(options)
+    model = load_graph(path)
     if not is_quantized(model):
-        raise GraphError(f"{options.onnx_path} holds no Q/DQ to retarget. Quantize it with --calibration-data.")
-    model, manifest = _described(options, model)
+        raise GraphError(f"{path} holds no Q/DQ to retarget. Quantize it with --calibration-data.")
+    model, manifest = described(options, model, path)
     model, foreign = qdq.read(model)
     result = retargeting.retarget(model, foreign, target, keep=options.keep)
-    digest = {options.onnx_path.name: sha256(options.onnx_path)}
+    digest = {path.name: sha256(path)}
     recipe = {
         "ptq3d": __version__,
         "target": target.name,
@@ -178,7 +219,7 @@ def _retargeted(options: QuantizeOptions, target: Target) -> Written:
     embed(qdq.write(model, result.plan), replace(manifest, quantization=recipe, source=digest))
     output = output_of(options)
     save_graph(model, output)
-    return Written(output, output.stat().st_size, {**recipe, "source_size_bytes": options.onnx_path.stat().st_size})
+    return Written(output, output.stat().st_size, {**recipe, "source_size_bytes": path.stat().st_size})
 
 
 def check_modelopt_flags(options: QuantizeOptions) -> None:
@@ -197,30 +238,14 @@ def check_modelopt_flags(options: QuantizeOptions) -> None:
 
 
 def _prepared_graph(options: QuantizeOptions) -> tuple[ir.Model, Manifest]:
-    model = load_graph(options.onnx_path)
+    path = network_file(options)
+    model = load_graph(path)
     if is_quantized(model):
         raise GraphError(
-            f"{options.onnx_path} is quantized already. Quantize its FP32 file, deploy it as it is, or write it for another "
+            f"{path} is quantized already. Quantize its FP32 file, deploy it as it is, or write it for another "
             "runtime with --retarget."
         )
-    return _described(options, model)
-
-
-def _described(options: QuantizeOptions, model: ir.Model) -> tuple[ir.Model, Manifest]:
-    """The simplified graph and its manifest, with what the options say of it."""
-    manifest = embedded(model, where=options.onnx_path)
-    if options.window is not None:
-        resize_window(model, options.window)
-    shape = static_input_shape(model)
-    model = simplify(model)
-    classes = shape_of(model.graph.outputs[0])[1]
-    if manifest is None:
-        manifest = Manifest(labels=class_names(options.label_map, None, classes), window=shape[2:])
-    elif options.label_map is not None:
-        manifest = replace(manifest, labels=class_names(options.label_map, None, classes))
-    if options.preprocessing is not None:
-        manifest = replace(manifest, preprocessing=preprocessing_of(options.preprocessing))
-    return model, replace(manifest, window=shape[2:])
+    return described(options, model, path)
 
 
 def _windows_for(
@@ -230,7 +255,7 @@ def _windows_for(
     _, channels, *window = static_input_shape(model)
     data = options.calibration_data
     if data is None:
-        raise OptionError("--calibration-data is missing: windows or volumes to draw the ranges from.")
+        raise OptionError(NO_DATA)
     if data.is_dir() or data.name.endswith((".nii", ".nii.gz")):
         if manifest.preprocessing is None:
             raise OptionError(

@@ -23,7 +23,15 @@ from ptq3d.pipeline import Written
 from ptq3d.progress import bar
 from ptq3d.quantization.budget import Search, Sensitivity, by_worth, guard, keeping, kept_since, search
 from ptq3d.quantization.quantizer import Quantized, Recipe
-from ptq3d.quantizing import Calibrated, check_modelopt_flags, observed, output_of, recipe_of, write_quantized
+from ptq3d.quantizing import (
+    Calibrated,
+    check_modelopt_flags,
+    observed,
+    output_of,
+    recipe_of,
+    with_onnx,
+    write_quantized,
+)
 from ptq3d.quantizing import quantize as quantize_plainly
 
 log = logging.getLogger("ptq3d")
@@ -41,6 +49,7 @@ def quantize(options: QuantizeOptions) -> Written:
     """
     check_modelopt_flags(options)
     _check_validation(options)
+    options = with_onnx(options)
     if options.retarget is not None or (options.validation_data is None and not options.guard):
         return quantize_plainly(options)
     cases = _cases(options)
@@ -89,6 +98,7 @@ def sensitivity(options: SensitivityOptions) -> tuple[Sensitivity, ...]:
     _check_validation(options)
     if options.figure is not None:
         require_matplotlib()
+    options = with_onnx(options)
     cases = _cases(options)
     found = observed(options)
     with _judge(options, found, cases) as judge:

@@ -193,7 +193,8 @@ def test_a_constant_image_has_z_score_zero() -> None:
 def numbers_of(rule: str) -> st.SearchStrategy[dict[str, Any]]:
     low = st.floats(0, 0.4)
     high = st.floats(0.5, 1)
-    keys = {"window": ("low", "high"), "clip": ("low", "high"), "quantiles": ("lower", "upper")}.get(rule, ())
+    bounds = {"window": ("low", "high"), "clip": ("low", "high"), "quantiles": ("lower", "upper")}
+    keys = {**bounds, "standardize": ("mean", "deviation")}.get(rule, ())
     optional = {"nonzero": st.booleans()} if rule == "z_score" else {}
     values = dict(zip(keys, (low, high), strict=False))
     return st.fixed_dictionaries({"rule": st.just(rule), **values}, optional=optional)

@@ -10,6 +10,7 @@ from ptq3d.volumes.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
     from torch import nn
+    from torch.export import ExportedProgram
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,8 @@ class Pretrained:
     """What every source of weights gives; None where it does not say.
 
     Attributes:
-        network: (1, in_channels, X, Y, Z) float32 -> (1, K, X, Y, Z) float32 logits, in evaluation mode on the CPU.
+        network: (1, in_channels, X, Y, Z) float32 -> (1, K, X, Y, Z) float32 logits, in evaluation mode on the CPU; a module
+            (a ScriptModule is one) or a program exported for one window.
         name: of the architecture, for file names and the manifest.
         in_channels: channels of the image.
         files: what the weights were read from; their hashes go into the manifest.
@@ -27,7 +29,7 @@ class Pretrained:
         overlap: of neighbouring windows, 0..1.
     """
 
-    network: nn.Module
+    network: nn.Module | ExportedProgram
     name: str
     in_channels: int
     files: tuple[Path, ...]

@@ -32,7 +32,7 @@ def load_state(path: Path) -> dict[str, Tensor]:
         FileError: there is no such file.
         CheckpointError: the file is truncated, needs code to load, or holds no weights.
     """
-    return _weights(_load(path), path)
+    return weights_of(read_checkpoint(path), path)
 
 
 def read_description(path: Path) -> dict[str, Any] | None:
@@ -45,7 +45,7 @@ def read_description(path: Path) -> dict[str, Any] | None:
         FileError: there is no such file.
         CheckpointError: the file is truncated or needs code to load.
     """
-    return _description(_load(path))
+    return _description(read_checkpoint(path))
 
 
 def from_checkpoint(path: Path, name: str | None = None, *, num_classes: int | None = None) -> Pretrained:
@@ -60,15 +60,16 @@ def from_checkpoint(path: Path, name: str | None = None, *, num_classes: int | N
         FileError, CheckpointError: see `load_network`.
         OptionError: neither `name` nor the file says which network it is.
     """
-    described = read_description(path) or {}
-    name = name or described.get("architecture")
-    if name is None:
+    content = read_checkpoint(path)
+    described = _description(content) or {}
+    if name is None and "architecture" not in described:
         raise OptionError(f"{path} does not say which network it is. Name it with --net unet (or transunet).")
+    network, architecture, in_channels = _network(content, path, name, num_classes=num_classes)
     rules, labels, window = (described.get(key) for key in ("preprocessing", "labels", "window"))
     return Pretrained(
-        load_network(path, name, num_classes=num_classes),
-        name,
-        int(described.get("in_channels", 1)),
+        network,
+        architecture,
+        in_channels,
         (path,),
         window=None if window is None else (int(window[0]), int(window[1]), int(window[2])),
         labels=None if labels is None else tuple(labels),
@@ -95,20 +96,37 @@ def load_network(
         CheckpointError: it is the checkpoint of another network, or cannot be loaded.
         OptionError: `name` is no network, or the file does not say which one it holds and `name` is None.
     """
-    content = _load(path)
-    state = _weights(content, path)
+    return _network(read_checkpoint(path), path, name, num_classes=num_classes, in_channels=in_channels)[0]
+
+
+def _network(
+    content: Mapping[str, Any],
+    path: Path,
+    name: str | None,
+    *,
+    num_classes: int | None = None,
+    in_channels: int | None = None,
+) -> tuple[nn.Module, str, int]:
+    """(network in evaluation mode, name of its architecture, channels of its image) of a checkpoint's content."""
+    state = weights_of(content, path)
     described = _description(content)
     sizes = _sizes_of_weights(state, path) if described is None else _sizes_described(described, path)
     name = _agree(path, "architecture", name and find_architecture(name)[0], sizes.pop("architecture", None))
     sizes["num_classes"] = _agree(path, "num_classes", num_classes, sizes.get("num_classes"))
     sizes["in_channels"] = _agree(path, "in_channels", in_channels, sizes.get("in_channels"))
     network = build_network(name, **sizes)
-    _check_fit(state, network.state_dict(), path=path, name=name)
+    check_fit(state, network.state_dict(), path=path, name=name)
     network.load_state_dict(state, strict=False)  # only counters of BatchNorm, which inference ignores, can be missing
-    return network.eval()
+    return network.eval(), name, int(sizes["in_channels"])
 
 
-def _load(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """All that is in a checkpoint, on the CPU; nothing in it is run.
+
+    Raises:
+        FileError: there is no such file.
+        CheckpointError: the file is truncated, needs code to load, or holds no dict.
+    """
     import torch
 
     if not path.is_file():
@@ -136,7 +154,12 @@ def _description(content: Mapping[str, Any]) -> dict[str, Any] | None:
     return dict(description) if isinstance(description, Mapping) else None
 
 
-def _weights(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+def weights_of(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+    """The weights in what `read_checkpoint` gave, without the prefixes that trainers add.
+
+    Raises:
+        CheckpointError: it holds no weights.
+    """
     import torch
 
     inner = next((content[name] for name in CONTAINERS if isinstance(content.get(name), Mapping)), content)
@@ -198,7 +221,18 @@ def _agree(path: Path, what: str, wanted: Any, found: Any) -> Any:
     return found if wanted is None else wanted
 
 
-def _check_fit(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], *, path: Path, name: str) -> None:
+def check_fit(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], *, path: Path, name: str) -> None:
+    """Refuse weights that are not those of a network.
+
+    Args:
+        state: the weights.
+        wanted: the network's own state dict.
+        path: of the checkpoint, for the message.
+        name: of the network, for the message.
+
+    Raises:
+        CheckpointError: names the first tensor that is missing, unknown or of another shape.
+    """
     missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
     extra = [key for key in state if key not in wanted]
     shapes = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]

@@ -291,6 +291,10 @@ def _insert_multiplication(model: ir.Model, value: ir.Value, scales: Floats) -> 
     uses = list(value.uses())
     product = ir.node("Mul", [value, factor], name=f"{value.name}/Mul")
     product.outputs[0].name = f"{value.name}/scaled"
+    product.outputs[0].shape, product.outputs[0].type = (
+        value.shape,
+        value.type,
+    )  # a concat behind it is asked for its channels
     producer = value.producer()
     if producer is None:
         model.graph.insert_before(model.graph[0], [product])

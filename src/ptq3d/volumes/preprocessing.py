@@ -112,6 +112,21 @@ def full_range(data: Voxels) -> Voxels:
     return window(data, low, high)
 
 
+def standardize(data: Voxels, mean: float, deviation: float) -> Voxels:
+    """(x - mean) / deviation, both known beforehand, in the unit of `data`.
+
+    Raises:
+        OptionError: `deviation` is not above zero.
+
+    Source: nnU-Net CTNormalization, whose numbers are those of the foreground of its training images.
+    """
+    if not deviation > 0:
+        raise OptionError(f"intensity rule 'standardize' needs a deviation above zero, got {deviation}.")
+    result = data - np.float32(mean)
+    result /= np.float32(deviation)
+    return result
+
+
 def _require_below(low: float, high: float, rule: str) -> None:
     if not low < high:
         raise OptionError(f"intensity rule '{rule}' needs low below high, got {low} and {high}.")
@@ -121,6 +136,7 @@ INTENSITY_RULES: dict[str, Callable[..., Voxels]] = {
     "window": window,
     "quantiles": quantiles,
     "z_score": z_score,
+    "standardize": standardize,
     "clip": clip,
     "range": full_range,
 }

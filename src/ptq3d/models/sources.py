@@ -9,6 +9,8 @@ from itertools import count, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ptq3d.errors import CheckpointError, FileError, OptionError
 from ptq3d.models import build_network, find_architecture
 from ptq3d.models.pretrained import Pretrained
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 CONTAINERS = ("model_state_dict", "state_dict", "model", "network_weights")
 PREFIXES = ("module.", "network.", "net.")  # DistributedDataParallel, our training, many Lightning modules
 DESCRIPTION = "ptq3d"
+NUMBERS = ("bool", "int32", "int64", "float32", "float64")  # NumPy types in the checkpoints of others
 
 
 def load_state(path: Path) -> dict[str, Tensor]:
@@ -32,7 +35,7 @@ def load_state(path: Path) -> dict[str, Tensor]:
         FileError: there is no such file.
         CheckpointError: the file is truncated, needs code to load, or holds no weights.
     """
-    return _weights(_load(path), path)
+    return weights_of(read_checkpoint(path), path)
 
 
 def read_description(path: Path) -> dict[str, Any] | None:
@@ -45,7 +48,7 @@ def read_description(path: Path) -> dict[str, Any] | None:
         FileError: there is no such file.
         CheckpointError: the file is truncated or needs code to load.
     """
-    return _description(_load(path))
+    return _description(read_checkpoint(path))
 
 
 def from_checkpoint(path: Path, name: str | None = None, *, num_classes: int | None = None) -> Pretrained:
@@ -95,26 +98,33 @@ def load_network(
         CheckpointError: it is the checkpoint of another network, or cannot be loaded.
         OptionError: `name` is no network, or the file does not say which one it holds and `name` is None.
     """
-    content = _load(path)
-    state = _weights(content, path)
+    content = read_checkpoint(path)
+    state = weights_of(content, path)
     described = _description(content)
     sizes = _sizes_of_weights(state, path) if described is None else _sizes_described(described, path)
     name = _agree(path, "architecture", name and find_architecture(name)[0], sizes.pop("architecture", None))
     sizes["num_classes"] = _agree(path, "num_classes", num_classes, sizes.get("num_classes"))
     sizes["in_channels"] = _agree(path, "in_channels", in_channels, sizes.get("in_channels"))
     network = build_network(name, **sizes)
-    _check_fit(state, network.state_dict(), path=path, name=name)
+    check_fit(state, network.state_dict(), path=path, name=name)
     network.load_state_dict(state, strict=False)  # only counters of BatchNorm, which inference ignores, can be missing
     return network.eval()
 
 
-def _load(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """All that is in a checkpoint, on the CPU; nothing in it is run.
+
+    Raises:
+        FileError: there is no such file.
+        CheckpointError: the file is truncated, needs code to load, or holds no dict.
+    """
     import torch
 
     if not path.is_file():
         raise FileError(f"{path}: no such checkpoint. Train one with `ptq3d train`, or name an existing file.")
     try:
-        content = torch.load(path, weights_only=True, map_location="cpu")
+        with torch.serialization.safe_globals(_allowed()):
+            content = torch.load(path, weights_only=True, map_location="cpu")
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL (\S+)", str(error))  # the rest of torch's message advises to run it all the same
         reason = wanted.group(1) if wanted else "no such file format"
@@ -131,12 +141,27 @@ def _load(path: Path) -> dict[str, Any]:
     return content
 
 
+def _allowed() -> list[Any]:
+    """What `torch.load` may take beside tensors: the parts of a NumPy number, which nnU-Net keeps its losses as.
+
+    They only put bytes into a number. A pickle names the rebuilding function by the NumPy that wrote it, 1 or 2.
+    """
+    rebuild: Any = np.float64(0).__reduce__()[0]
+    modules = ("numpy.core.multiarray", "numpy._core.multiarray")
+    return [np.dtype, *(type(np.dtype(name)) for name in NUMBERS), *((rebuild, f"{one}.scalar") for one in modules)]
+
+
 def _description(content: Mapping[str, Any]) -> dict[str, Any] | None:
     description = content.get(DESCRIPTION)
     return dict(description) if isinstance(description, Mapping) else None
 
 
-def _weights(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+def weights_of(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+    """The weights in what `read_checkpoint` gave, without the prefixes that trainers add.
+
+    Raises:
+        CheckpointError: it holds no weights.
+    """
     import torch
 
     inner = next((content[name] for name in CONTAINERS if isinstance(content.get(name), Mapping)), content)
@@ -198,7 +223,18 @@ def _agree(path: Path, what: str, wanted: Any, found: Any) -> Any:
     return found if wanted is None else wanted
 
 
-def _check_fit(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], *, path: Path, name: str) -> None:
+def check_fit(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], *, path: Path, name: str) -> None:
+    """Refuse weights that are not those of a network.
+
+    Args:
+        state: the weights.
+        wanted: the network's own state dict.
+        path: of the checkpoint, for the message.
+        name: of the network, for the message.
+
+    Raises:
+        CheckpointError: names the first tensor that is missing, unknown or of another shape.
+    """
     missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
     extra = [key for key in state if key not in wanted]
     shapes = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +19,7 @@ from nnunet_results import (
     checkpoint_of,
     configured,
     described,
+    library,
     planned,
     real_network,
     write_results,
@@ -63,6 +66,35 @@ def test_a_fold_is_the_real_network_with_all_that_belongs_to_it(name: str, tmp_p
         resampling="nnunet",
         crop="nonzero",
     )
+
+
+@pytest.mark.parametrize("name", ["PlainConvUNet", "ResidualEncoderUNet"])
+def test_what_the_real_trainer_saves_is_read(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = library("nnunetv2.training.nnUNetTrainer.nnUNetTrainer")
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
+    monkeypatch.setenv("nnUNet_compile", "false")
+    data = tmp_path / "Dataset999_Made" / "nnUNetPlans_3d_fullres"
+    data.mkdir(parents=True)
+    (data / "case.b2nd").touch()
+    plans = planned(configured(architecture=architecture(name)), continue_training=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = module.nnUNetTrainer(plans, "3d_fullres", 0, described(), torch.device("cpu"))
+        trainer.initialize()
+    trainer.logger.log("train_losses", np.float64(0.3), 0)
+    trainer._best_ema = np.float32(0.5)
+    folder = Path(trainer.output_folder).parent
+    (folder / "plans.json").write_text(json.dumps(plans))
+    (folder / "dataset.json").write_text(json.dumps(described()))
+    trainer.save_checkpoint(str(folder / "fold_0" / "checkpoint_final.pth"))
+    (found,) = from_nnunet(tmp_path / "results")
+    trainer.set_deep_supervision_enabled(False)
+    image = torch.randn(1, 1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(found.network(image), trainer.network.eval()(image), rtol=0, atol=1e-5)
+    content = read_checkpoint(found.files[0])
+    assert (content["trainer_name"], content["_best_ema"]) == ("nnUNetTrainer", 0.5)
 
 
 def test_plans_of_the_former_format_give_the_same_network(tmp_path: Path) -> None:

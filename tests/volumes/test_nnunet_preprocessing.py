@@ -333,36 +333,47 @@ def deployed(tmp_path: Path, folder: Path, image: Path, **options: Any) -> np.nd
     return written.data[0]
 
 
-@pytest.mark.parametrize(
-    ("name", "agreement"), [("isotropic", 0.999), ("transposed", 0.98), ("mr", 0.999), ("reoriented", 0.999)]
-)
-def test_label_maps_are_those_of_nnunets_export(name: str, agreement: float, tmp_path: Path) -> None:
-    """One window holds the whole volume, so that both see it alike; thick slices are resampled by other rules on the way back."""
+@pytest.mark.parametrize("name", ["isotropic", "rolled", "mr", "reoriented", "turned file"])
+def test_label_maps_are_those_of_nnunets_export(name: str, tmp_path: Path) -> None:
+    """One window holds the whole volume, so that both see it alike."""
     case = CASES[name]
     plans = plans_of(case)
     plans["configurations"]["3d_fullres"].update(architecture=architecture(), patch_size=[40, 40, 40])
     network = real_network(architecture())
-    folder = write_results(tmp_path, {"0": network.state_dict()}, plans)
     (path,) = saved(case, tmp_path)
     data, properties = prepared_by_nnunet(plans, [path])
-    wanted = exported_by_nnunet(plans, logits_of(network, data), properties)
-    found = deployed(tmp_path, folder, path)
+    with torch.no_grad():  # so that all classes win somewhere
+        network.decoder.seg_layers[-1].bias -= torch.from_numpy(logits_of(network, data).mean(axis=(1, 2, 3)))
+    folder, logits = write_results(tmp_path, {"0": network.state_dict()}, plans), logits_of(network, data)
+    wanted = exported_by_nnunet(plans, logits, properties)
     if name == "reoriented":
-        turned = nibabel.as_closest_canonical(nibabel.load(path))
-        back = nibabel.orientations.ornt_transform(
-            nibabel.io_orientation(turned.affine), nibabel.io_orientation(nibabel.load(path).affine)
-        )
-        wanted = nibabel.orientations.apply_orientation(wanted, back)
-    assert min(np.bincount(wanted.ravel(), minlength=3)) > 0.05 * wanted.size
-    assert (found == wanted).mean() >= agreement
-    nearest = deployed(tmp_path, folder, path, restore="labels", output=tmp_path / "nearest")
-    assert (nearest == wanted).mean() >= 0.9
-    if case.kind == "mr":
-        outside = loaded([path]).data[0] == 0
-        corner = np.ones_like(outside)
-        corner[tuple(slice(ends.min(), ends.max() + 1) for ends in np.nonzero(~outside))] = False
-        assert not found[corner].any()
-        assert not nearest[corner].any()
+        wanted = as_stored(wanted, path)
+    assert min(np.bincount(wanted.ravel(), minlength=3)) > 0.02 * wanted.size
+    found = deployed(tmp_path, folder, path)
+    assert (found == wanted).mean() >= 0.999
+    if name in ("isotropic", "mr"):
+        nearest = deployed(tmp_path, folder, path, restore="labels", output=tmp_path / "nearest")
+        assert (nearest == nearest_labels(logits, load_image(path).data[0])).mean() >= 0.999
+
+
+def as_stored(labels: np.ndarray, path: Path) -> np.ndarray:
+    """RAS labels in the order of the file's axes."""
+    stored = nibabel.io_orientation(nibabel.load(path).affine)
+    canonical = nibabel.orientations.axcodes2ornt("RAS")
+    turned: np.ndarray = nibabel.orientations.apply_orientation(
+        labels, nibabel.orientations.ornt_transform(canonical, stored)
+    )
+    return turned
+
+
+def nearest_labels(logits: np.ndarray, image: np.ndarray) -> np.ndarray:
+    """Labels of the new cell that the middle of each old cell lies in; background outside the box that is not 0."""
+    box = tuple(slice(ends.min(), ends.max() + 1) for ends in np.nonzero(image))
+    labels, inner = logits.argmax(0).transpose(2, 1, 0), image[box].shape
+    places = [((np.arange(old) + 0.5) * new / old).astype(int) for old, new in zip(inner, labels.shape, strict=True)]
+    whole = np.zeros(image.shape, int)
+    whole[box] = labels[np.ix_(*places)]
+    return whole
 
 
 def logits_of(network: torch.nn.Module, data: np.ndarray) -> np.ndarray:

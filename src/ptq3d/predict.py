@@ -232,7 +232,7 @@ def estimated_bytes(target: Grid, engine: Engine, manifest: Manifest, preprocess
     labelling = 4 * voxels * min(thick, shape[windowing.axis]) // shape[windowing.axis] + LABELLING_BYTES
     if parallel_axes(voxel_map(affine, target[1]), target[0], sizes=shape, mode="linear") is None:
         labelling += (4 * spec.features + 2) * math.prod(shape)
-    copies = 1 if preprocessing.resampling == "linear" else 2  # matrix products hold what they read beside their result
+    copies = 1 if preprocessing.resampling == "linear" else 3  # a matrix product reads a transposed copy
     return Needed(READING_BYTES * voxels * spec.channels + copies * image, image + sums + 2 * voxels + labelling)
 
 

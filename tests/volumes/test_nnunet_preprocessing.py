@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from ptq3d.manifest import Manifest, embed
 from ptq3d.models.nnunet_folder import from_nnunet
 from ptq3d.models.nnunet_plans import preprocessing_of
 from ptq3d.options import DeployOptions
+from ptq3d.predict import READING_BYTES
 from ptq3d.volumes.cells import celled_grid, coarse_axis, resample_cells
 from ptq3d.volumes.cropping import crop, crop_to_nonzero, surround
 from ptq3d.volumes.files import load_image, load_labels
@@ -222,6 +224,21 @@ def test_splines_are_scipys(sizes: tuple[int, int]) -> None:
     if coarse_axis((1.0, 1.0, 1.0), spacing) is None:
         np.testing.assert_allclose(ours.data[0], np.clip(theirs, data.min(), data.max()), atol=1e-5)
     assert ours.shape == (sizes[1], 14, 5)
+
+
+@pytest.mark.parametrize("spacing", [(0.6, 0.6, 0.6), (1.9, 1.9, 1.9), (4.0, 0.7, 0.7)])
+@pytest.mark.parametrize("rule", ["z_score", "masked_z_score"])
+def test_no_more_memory_is_needed_than_a_limit_reckons_with(spacing: tuple[float, float, float], rule: str) -> None:
+    """`predict.estimated_bytes`: 20 bytes a voxel of the file, 4 of them the image, and three times the result."""
+    image = Volume(made_image(Case((96, 90, 80), np.eye(3), spacing, "mr"))[None], np.eye(4))
+    preprocessing = Preprocessing(None, spacing, ({"rule": rule},), axes=(2, 1, 0), **NNUNET)
+    preprocessing.apply(Volume(noise((1, 8, 8, 8)), np.eye(4)))  # what is imported on first use does not count
+    tracemalloc.start()
+    preprocessing.apply(image)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    result = 4 * np.prod(preprocessing.grid(image.grid)[0])
+    assert peak < (READING_BYTES - 4) * image.data[0].size + 3 * result
 
 
 @pytest.mark.parametrize(

@@ -95,14 +95,17 @@ def coarse_axis(present: tuple[float, float, float], wanted: tuple[float, float,
 
 
 def _by_splines(data: NDArray[Any], shape: Shape, axes: list[int]) -> NDArray[np.float32]:
-    """Along `axes` of (C, X, Y, Z), shrinking ones first; within the extremes of what is resampled together."""
+    """Along `axes` of (C, X, Y, Z), shrinking ones first; within the extremes of what is resampled together.
+
+    One large product an axis: small ones, plane by plane, took 3.8 s instead of 0.03 s with two threads on a busy machine.
+    """
     together = tuple(1 + axis for axis in axes)
     low, high = data.min(axis=together, keepdims=True), data.max(axis=together, keepdims=True)
-    for axis in sorted(axes, key=lambda axis: shape[axis] / data.shape[1 + axis]):
-        if shape[axis] != data.shape[1 + axis]:
-            data = _weighted(data, 1 + axis, _spline_weights(data.shape[1 + axis], shape[axis]))
-    kept: NDArray[np.float32] = np.clip(data, low, high)
-    return kept
+    changed = [axis for axis in axes if shape[axis] != data.shape[1 + axis]]
+    for axis in sorted(changed, key=lambda axis: shape[axis] / data.shape[1 + axis]):
+        weights = _spline_weights(data.shape[1 + axis], shape[axis])
+        data = np.moveaxis(np.tensordot(weights, data, (1, 1 + axis)), 0, 1 + axis)
+    return np.clip(data, low, high, out=data) if changed else data
 
 
 def _spline_weights(size: int, wanted: int) -> NDArray[np.float32]:
@@ -111,15 +114,6 @@ def _spline_weights(size: int, wanted: int) -> NDArray[np.float32]:
 
     weights: NDArray[np.float64] = zoom(np.eye(size), (wanted / size, 1.0), order=3, mode="nearest", grid_mode=True)
     return weights.astype(np.float32)
-
-
-def _weighted(data: NDArray[Any], axis: int, weights: NDArray[np.float32]) -> NDArray[np.float32]:
-    """`weights` times `data` along one axis, (..., n, ...) -> (..., m, ...)."""
-    if axis == data.ndim - 1:
-        return np.asarray(data @ weights.T)
-    before, after = data.shape[:axis], data.shape[axis + 1 :]
-    rows = data.reshape(math.prod(before), data.shape[axis], math.prod(after))
-    return np.asarray(np.matmul(weights, rows)).reshape(*before, len(weights), *after)
 
 
 def _nearest_planes(size: int, wanted: int) -> NDArray[np.intp]:

@@ -28,7 +28,7 @@ from ptq3d.errors import CheckpointError, FileError, InputError, OptionError, Sh
 from ptq3d.models.nnunet import NnUNet
 from ptq3d.models.nnunet_folder import from_nnunet
 from ptq3d.models.nnunet_plans import layout_of
-from ptq3d.models.sources import read_checkpoint
+from ptq3d.models.sources import load_network, read_checkpoint
 from ptq3d.volumes.preprocessing import Preprocessing
 
 State = dict[str, torch.Tensor]
@@ -132,6 +132,14 @@ def test_readers_decide_the_order_of_axes(
     (found,) = from_nnunet(write_results(tmp_path, {"0": ours()}, plans))
     assert found.preprocessing is not None
     assert (found.preprocessing.orientation, found.preprocessing.axes) == (orientation, axes)
+
+
+@pytest.mark.parametrize("name", ["Dataset291_TotalSegmentator_part1_organs_1559subj", "Dataset850_TotalSegMRI_part1"])
+def test_totalsegmentators_networks_see_canonical_axes(name: str, tmp_path: Path) -> None:
+    """Its own program turns every file to RAS before nnU-Net reads it."""
+    (found,) = from_nnunet(write_results(tmp_path, {"0": ours()}, planned(dataset_name=name)))
+    assert found.preprocessing is not None
+    assert (found.preprocessing.orientation, found.preprocessing.axes) == ("SAR", None)
 
 
 def test_every_normalisation_of_every_channel(tmp_path: Path) -> None:
@@ -280,6 +288,12 @@ def test_weights_of_another_network_name_the_first_tensor(
     folder = write_results(tmp_path, {"0": state()})
     with pytest.raises(CheckpointError, match=message):
         from_nnunet(folder)
+
+
+def test_a_checkpoint_without_its_folder_is_told_to_bring_it(tmp_path: Path) -> None:
+    folder = write_results(tmp_path, {"0": ours()})
+    with pytest.raises(CheckpointError, match="folder of nnU-Net results"):
+        load_network(folder / "fold_0" / "checkpoint_final.pth", "unet")
 
 
 def test_a_checkpoint_that_needs_code_is_refused(tmp_path: Path) -> None:

@@ -29,6 +29,12 @@ SMALLEST_DEVIATION = 1e-8  # nnU-Net's, for an image of one value
 READERS = {"SimpleITKIO": None, "NibabelIO": None, "SimpleITKIOWithReorient": "RAS", "NibabelIOWithReorient": "RAS"}
 """Readers of volumes -> the orientation they turn them to; all hand them on with their axes reversed."""
 
+CANONICAL = ("TotalSegmentator", "TotalSegMRI")
+"""Parts of the names of data sets whose files were turned to RAS before nnU-Net saw them, which no plan says.
+
+A file stored otherwise would be segmented mirrored: left kidneys called right. Source: TotalSegmentator, as_closest_canonical.
+"""
+
 RESAMPLING = "resample_data_or_seg_to_shape"
 RESAMPLING_NUMBERS = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
 
@@ -183,7 +189,8 @@ def preprocessing_of(plans: Table, configuration: Table, *, channels: int) -> Pr
         raise OptionError(f"volumes were read by {reader}; known here are {', '.join(READERS)}.")
     _require_default(configuration)
     reversed_axes = _sizes([2 - int(axis) for axis in plans["transpose_forward"]])
-    letters, (x, y, z) = READERS[reader], map(float, configuration["spacing"])
+    canonical = any(part in plans.get("dataset_name", "") for part in CANONICAL)
+    letters, (x, y, z) = "RAS" if canonical else READERS[reader], map(float, configuration["spacing"])
     return Preprocessing(
         orientation=None if letters is None else "".join(letters[axis] for axis in reversed_axes),
         spacing=(x, y, z),

@@ -204,9 +204,11 @@ def _sizes_of_weights(state: dict[str, Tensor], path: Path) -> dict[str, Any]:
     names = takewhile(state.__contains__, (f"encoder.levels.{level}.0.weight" for level in count()))
     shapes = [tuple(state[name].shape) for name in names]
     if not shapes or "head.weight" not in state:
+        nnunet = any(name.startswith("decoder.seg_layers.") for name in state)
         raise CheckpointError(
             f"{path}: weights of another network: it has no 'encoder.levels.0.0.weight' or no 'head.weight' "
-            f"(its first tensor is '{next(iter(state))}'). Export that network to ONNX with its own code."
+            f"(its first tensor is '{next(iter(state))}'). "
+            f"{'Give the folder of nnU-Net results it lies in' if nnunet else 'Export that network to ONNX with its own code'}."
         )
     return {
         "in_channels": shapes[0][1],

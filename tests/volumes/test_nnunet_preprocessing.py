@@ -85,6 +85,10 @@ CASES = {
         (24, 30, 28), np.diag([-1.0, 0.9, -1.2])[:, [2, 0, 1]], (1.3, 1.2, 1.1),
         plans={"image_reader_writer": "NibabelIOWithReorient"},
     ),
+    "reoriented by sitk": Case(
+        (24, 30, 28), np.diag([-1.0, 0.9, -1.2])[:, [2, 0, 1]], (1.3, 1.2, 1.1),
+        plans={"image_reader_writer": "SimpleITKIOWithReorient"},
+    ),
     "nibabel": Case((24, 30, 28), np.diag([-1.0, 0.9, -1.2]), (1.3, 1.2, 1.1), plans={"image_reader_writer": "NibabelIO"}),
     "mr": Case((40, 36, 30), np.diag([0.9, 0.9, 1.2]), (1.1, 1.1, 1.1), **MR),
     "mr masked": Case((40, 36, 30), np.diag([0.9, 0.9, 1.2]), (1.1, 1.1, 1.1), **MR, masks=(True,)),

@@ -8,11 +8,15 @@ INSTALLED := $(VENV)/.installed
 
 install: $(INSTALLED)
 
+# the real nnU-Net, for the tests that compare with it; of what it asks for, timm would bring torchvision and several GB of CUDA
+NNUNET := nnunetv2 dynamic-network-architectures acvl-utils batchgenerators batchgeneratorsv2
+
 # torch comes first and pinned: asked for by another package it would bring several GB of CUDA
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0 setuptools
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps $(NNUNET)
 	touch $@
 
 demo: install

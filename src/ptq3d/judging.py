@@ -134,12 +134,13 @@ class Judge:
         with self._engine(self._found.model.clone()) as engine:
             for case, number in zip(cases, shares(WINDOWS, len(cases)), strict=True):
                 image = load_image(case.image)
-                ready = prepared.apply(image).data
+                prepared_image = prepared.apply(image)
+                ready = prepared_image.data
                 truth = None
                 classes = true_classes(case, image, self._label_map)
                 if classes is not None:
                     labels = Volume(classes[None], image.affine)
-                    truth = prepared.apply_labels(labels).data.astype(np.float32)
+                    truth = prepared.apply_labels(labels, prepared_image.grid).data.astype(np.float32)
                 stacked = ready if truth is None else np.concatenate([ready, truth])
                 seen = (ready[0] > ready[0].mean()) if truth is None else truth[0] > 0
                 for piece in draw_windows(stacked, window, number, foreground=seen, generator=generator):

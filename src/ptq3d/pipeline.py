@@ -158,7 +158,7 @@ def case_windows(
         if case.label is None:
             foreground = image.data[0] > image.data[0].mean()
         else:
-            foreground = prepared.apply_labels(load_labels(case.label)).data[0] > 0
+            foreground = prepared.apply_labels(load_labels(case.label), image.grid).data[0] > 0
         hashes[case.name] = sha256(case.image)
         for piece in calibration.draw_windows(image.data, window, share, foreground=foreground, generator=generator):
             yield piece[None]

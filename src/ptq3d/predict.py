@@ -16,8 +16,9 @@ from ptq3d.errors import OptionError, ShapeError
 from ptq3d.manifest import Manifest
 from ptq3d.options import CaseOptions
 from ptq3d.progress import Progress, silent
+from ptq3d.volumes.cropping import box_of, crop, surround
 from ptq3d.volumes.preprocessing import Preprocessing
-from ptq3d.volumes.resample import parallel_axes
+from ptq3d.volumes.resample import parallel_axes, resample_onto
 from ptq3d.volumes.volume import Grid, Shape, Volume, voxel_map
 
 if TYPE_CHECKING:
@@ -62,13 +63,13 @@ class Answer:
 
 
 def prepared_case(image: Volume, preprocessing: Preprocessing, options: CaseOptions) -> Prepared:
-    """Preprocess a volume, and crop it where asked.
+    """Preprocess a volume, which may crop it, and crop it where asked.
 
     Raises:
         InputError: see `Preprocessing.apply`.
     """
     start = perf_counter()
-    ready, cropped = preprocessing.apply(image), False
+    ready, cropped = preprocessing.apply(image), preprocessing.crop != "none"
     if options.crop == "foreground":
         ready, cropped = crop_foreground(ready), True
     return Prepared(ready, image.grid, cropped, perf_counter() - start)
@@ -83,18 +84,7 @@ def crop_foreground(image: Volume) -> Volume:
     Returns:
         A view; the image itself where all its voxels have one value.
     """
-    above = (image.data > image.data.min(axis=(1, 2, 3), keepdims=True)).any(axis=0)
-    if not above.any():
-        return image
-    first, stop = [], []
-    for axis in range(3):
-        found = np.flatnonzero(above.any(axis=tuple(other for other in range(3) if other != axis)))
-        first.append(int(found[0]))
-        stop.append(int(found[-1]) + 1)
-    shift = np.eye(4)
-    shift[:3, 3] = first
-    x, y, z = (slice(*ends) for ends in zip(first, stop, strict=True))
-    return Volume(image.data[:, x, y, z], image.affine @ shift)
+    return crop(image, box_of((image.data > image.data.min(axis=(1, 2, 3), keepdims=True)).any(axis=0)))
 
 
 def windowing_of(shape: Shape, spec: EngineSpec, manifest: Manifest, *, outside: float, skip_empty: bool) -> Windowing:
@@ -168,14 +158,11 @@ def _torch_threads(number: int) -> Iterator[None]:
 
 def _restored(labels: Volume, prepared: Prepared, preprocessing: Preprocessing) -> np.ndarray:
     """Labels by nearest neighbour on the file's grid; those outside a crop are background."""
+    restored: np.ndarray
     if prepared.cropped:
-        shape, affine = preprocessing.grid(prepared.target)
-        whole = np.zeros((1, *shape), labels.data.dtype)
-        first = np.rint(np.linalg.solve(affine, labels.affine)[:3, 3]).astype(int)
-        x, y, z = (slice(one, one + size) for one, size in zip(first, labels.shape, strict=True))
-        whole[:, x, y, z] = labels.data
-        labels = Volume(whole, affine)
-    restored: np.ndarray = preprocessing.restore_labels(labels.data[0], prepared.target).data[0]
+        restored = resample_onto(surround(labels), *prepared.target, mode="nearest").data[0]
+    else:
+        restored = preprocessing.restore_labels(labels.data[0], prepared.target).data[0]
     return restored
 
 
@@ -245,7 +232,8 @@ def estimated_bytes(target: Grid, engine: Engine, manifest: Manifest, preprocess
     labelling = 4 * voxels * min(thick, shape[windowing.axis]) // shape[windowing.axis] + LABELLING_BYTES
     if parallel_axes(voxel_map(affine, target[1]), target[0], sizes=shape, mode="linear") is None:
         labelling += (4 * spec.features + 2) * math.prod(shape)
-    return Needed(READING_BYTES * voxels * spec.channels + image, image + sums + 2 * voxels + labelling)
+    copies = 1 if preprocessing.resampling == "linear" else 3  # a matrix product reads a transposed copy
+    return Needed(READING_BYTES * voxels * spec.channels + copies * image, image + sums + 2 * voxels + labelling)
 
 
 def require_memory(needed: Mapping[str, Needed], limit: int, resident: int, *, ahead: bool) -> None:

@@ -27,7 +27,8 @@ from monai.transforms import (
 
 from ptq3d.errors import FileError, InputError, IntensityError, OptionError, ShapeError
 from ptq3d.volumes.files import load_image, load_labels
-from ptq3d.volumes.preprocessing import INTENSITY_RULES, PRESETS, Preprocessing
+from ptq3d.volumes.intensity import INTENSITY_RULES
+from ptq3d.volumes.preprocessing import PRESETS, Preprocessing
 from ptq3d.volumes.volume import Volume
 
 FILES = (
@@ -195,7 +196,9 @@ def numbers_of(rule: str) -> st.SearchStrategy[dict[str, Any]]:
     high = st.floats(0.5, 1)
     bounds = {"window": ("low", "high"), "clip": ("low", "high"), "quantiles": ("lower", "upper")}
     keys = {**bounds, "standardize": ("mean", "deviation")}.get(rule, ())
-    optional = {"nonzero": st.booleans()} if rule == "z_score" else {}
+    optional: dict[str, st.SearchStrategy[Any]] = {"channel": st.integers(0, 3)}
+    if rule == "z_score":
+        optional["nonzero"] = st.booleans()
     values = dict(zip(keys, (low, high), strict=False))
     return st.fixed_dictionaries({"rule": st.just(rule), **values}, optional=optional)
 
@@ -207,6 +210,9 @@ def numbers_of(rule: str) -> st.SearchStrategy[dict[str, Any]]:
     intensity=st.lists(st.sampled_from(sorted(INTENSITY_RULES)).flatmap(numbers_of), max_size=3).map(tuple),
     intensity_first=st.booleans(),
     outside=st.floats(-2000, 2000),
+    axes=st.none() | st.permutations(range(3)).map(tuple),
+    resampling=st.sampled_from(["linear", "nnunet"]),
+    crop=st.sampled_from(["none", "nonzero"]),
 )
 def test_plain_values_give_the_object_back(**attributes: Any) -> None:
     preprocessing = Preprocessing(**attributes)

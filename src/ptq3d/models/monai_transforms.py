@@ -14,7 +14,8 @@ from typing import Any
 
 from ptq3d.errors import OptionError
 from ptq3d.models.bundle_config import Config
-from ptq3d.volumes.preprocessing import Preprocessing, Rule
+from ptq3d.volumes.intensity import Rule
+from ptq3d.volumes.preprocessing import Preprocessing
 
 log = logging.getLogger("ptq3d")
 PREPROCESSING = "preprocessing"

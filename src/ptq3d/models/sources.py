@@ -9,6 +9,8 @@ from itertools import count, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ptq3d.errors import CheckpointError, FileError, OptionError
 from ptq3d.models import build_network, find_architecture
 from ptq3d.models.pretrained import Pretrained
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 CONTAINERS = ("model_state_dict", "state_dict", "model", "network_weights")
 PREFIXES = ("module.", "network.", "net.")  # DistributedDataParallel, our training, many Lightning modules
 DESCRIPTION = "ptq3d"
+NUMBERS = ("bool", "int32", "int64", "float32", "float64")  # NumPy types in the checkpoints of others
 
 
 def load_state(path: Path) -> dict[str, Tensor]:
@@ -132,7 +135,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileError(f"{path}: no such checkpoint. Train one with `ptq3d train`, or name an existing file.")
     try:
-        content = torch.load(path, weights_only=True, map_location="cpu")
+        with torch.serialization.safe_globals(_allowed()):
+            content = torch.load(path, weights_only=True, map_location="cpu")
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL (\S+)", str(error))  # the rest of torch's message advises to run it all the same
         reason = wanted.group(1) if wanted else "no such file format"
@@ -147,6 +151,16 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: a dict of weights is wanted, the file holds a {type(content).__name__}.")
     return content
+
+
+def _allowed() -> list[Any]:
+    """What `torch.load` may take beside tensors: the parts of a NumPy number, which nnU-Net keeps its losses as.
+
+    They only put bytes into a number. A pickle names the rebuilding function by the NumPy that wrote it, 1 or 2.
+    """
+    rebuild: Any = np.float64(0).__reduce__()[0]
+    modules = ("numpy.core.multiarray", "numpy._core.multiarray")
+    return [np.dtype, *(type(np.dtype(name)) for name in NUMBERS), *((rebuild, f"{one}.scalar") for one in modules)]
 
 
 def _description(content: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -202,9 +216,11 @@ def _sizes_of_weights(state: dict[str, Tensor], path: Path) -> dict[str, Any]:
     names = takewhile(state.__contains__, (f"encoder.levels.{level}.0.weight" for level in count()))
     shapes = [tuple(state[name].shape) for name in names]
     if not shapes or "head.weight" not in state:
+        nnunet = any(name.startswith("decoder.seg_layers.") for name in state)
         raise CheckpointError(
             f"{path}: weights of another network: it has no 'encoder.levels.0.0.weight' or no 'head.weight' "
-            f"(its first tensor is '{next(iter(state))}'). Export that network to ONNX with its own code."
+            f"(its first tensor is '{next(iter(state))}'). "
+            f"{'Give the folder of nnU-Net results it lies in' if nnunet else 'Export that network to ONNX with its own code'}."
         )
     return {
         "in_channels": shapes[0][1],

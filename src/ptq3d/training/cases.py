@@ -57,7 +57,7 @@ def read_case(case: Case, options: TrainingOptions) -> TrainingCase:
         ready = options.preprocessing.apply(image)
     except IntensityError as error:
         raise IntensityError(f"{case.image}: {error}") from error
-    target = options.preprocessing.apply_labels(Volume(classes, labels.affine)).data
+    target = options.preprocessing.apply_labels(Volume(classes, labels.affine), ready.grid).data
     padded = _pad(torch.from_numpy(target if target.dtype == np.uint8 else target.astype(np.int32)), options.window, 0)
     return TrainingCase(
         _pad(torch.from_numpy(ready.data), options.window, options.preprocessing.outside),

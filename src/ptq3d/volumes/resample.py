@@ -85,6 +85,26 @@ def valid_axcodes(axcodes: str) -> str:
     return capitals
 
 
+def permuted_grid(grid: Grid, axes: tuple[int, int, int]) -> Grid:
+    """The grid whose axes are those of `grid` in another order; (2, 1, 0) reverses them."""
+    shape, affine = grid
+    columns = affine.copy()
+    columns[:3, :3] = affine[:3, list(axes)]
+    return (shape[axes[0]], shape[axes[1]], shape[axes[2]]), columns
+
+
+def valid_axes(axes: tuple[int, int, int]) -> tuple[int, int, int]:
+    """`axes` as a tuple.
+
+    Raises:
+        OptionError: not 0, 1 and 2 in any order.
+    """
+    if len(axes) != 3 or any(type(axis) is not int for axis in axes) or sorted(axes) != [0, 1, 2]:
+        raise OptionError(f"'axes' holds 0, 1 and 2 in the order the network sees them, like [2, 1, 0]; got {axes}.")
+    first, second, third = axes
+    return first, second, third
+
+
 def _orientation_change(affine: Affine, axcodes: str) -> NDArray[np.float64]:
     from nibabel import orientations
 

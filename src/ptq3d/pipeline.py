@@ -70,11 +70,19 @@ def export(options: ExportOptions) -> Written:
 
     Raises:
         CheckpointError: the weights belong to another network, or need code to load.
+        ShapeError: the network cannot halve the window at each of its levels.
         GraphError: the export differs from PyTorch by more than 1e-3 of the logits' span.
     """
+    from ptq3d.models import read_classes
     from ptq3d.models.sources import from_checkpoint
 
-    found = from_checkpoint(options.checkpoint, options.net, num_classes=options.num_classes)
+    found = from_checkpoint(
+        options.checkpoint,
+        options.net,
+        num_classes=options.num_classes,
+        classes=read_classes(options.classes),
+        window=options.window,
+    )
     return _exported(found, options, options.output or options.checkpoint.with_name(f"{found.name}_fp32.onnx"))
 
 

@@ -57,7 +57,7 @@ def export_network(network: Module, *, channels: int, window: tuple[int, int, in
     try:
         with torch.inference_mode():
             logits = network(example).numpy()
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise GraphError(
             f"the network does not take windows of {window} voxels with {channels} channels: {error}. "
             "Most networks want a window divisible by their total stride (16 or 32)."

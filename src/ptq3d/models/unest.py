@@ -35,13 +35,18 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
+    def _parts(self) -> list[tuple[Tensor, Tensor]]:
+        """Weights and biases of query, key and value; slices, which an export folds, where it keeps a split."""
+        weight, bias, width = self.qkv.weight, self.qkv.bias, self.qkv.in_features
+        return [(weight[at : at + width], bias[at : at + width]) for at in range(0, 3 * width, width)]
+
     def forward(self, tokens: Tensor) -> Tensor:
         """(B blocks, T tokens, W) float32 -> (B, T, W) float32."""
         blocks, count, width = tokens.shape
         each = width // self.heads
         query, key, value = (  # three products rather than a split of one: each has a range of its own
             F.linear(tokens, weight, bias).reshape(blocks, count, self.heads, each).transpose(1, 2)
-            for weight, bias in zip(self.qkv.weight.chunk(3), self.qkv.bias.chunk(3), strict=True)
+            for weight, bias in self._parts()
         )
         scores = torch.matmul(query, key.transpose(2, 3)) * (1 / math.sqrt(each))
         mixed = torch.matmul(torch.softmax(scores, dim=-1), value)

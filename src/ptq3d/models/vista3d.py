@@ -6,6 +6,8 @@ convolution, and `split_head` takes it for the head it is.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from monai.networks.nets.segresnet_ds import SegResNetDS2
@@ -62,7 +64,9 @@ class VISTA3D(nn.Module):
     def head(self) -> Tensor:
         """(1 + K, channels[0], 1, 1, 1) weights: zeros for the background, then an embedding for each prompt."""
         embedded = self.class_head["class_embeddings"](self.prompts)
-        rows = self.class_head["mlp"](embedded[:, None])[:, 0]
+        linear, norm, _, out = self.class_head["mlp"]
+        hidden = norm(linear(embedded[:, None]))[:, 0]
+        rows = out(hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2)  # a GELU written out, which an export folds
         return torch.cat([torch.zeros_like(rows[:1]), rows])[..., None, None, None]
 
     def forward(self, image: Tensor) -> Tensor:

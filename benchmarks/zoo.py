@@ -3,8 +3,9 @@
     python benchmarks/zoo.py [NAME ...] [--export DIR] [--report zoo.json]
 
 Sizes are of networks on torch's meta device and take no memory. With --export each network is built with random weights (seed 0),
-exported for windows of 96^3 into DIR/NAME.onnx and run in OpenVINO in FP32, each in a fresh process: its error is relative to the
-range of PyTorch's logits. The seed's megabytes (arXiv 2501.17343) are engines, and of either kind (10^6 or 2^20 bytes).
+exported for windows of 96^3 into DIR/NAME.onnx and run in FP32 by ONNX Runtime and OpenVINO, in a fresh process: errors are
+relative to the range of PyTorch's logits; labels of random weights on a random image are close calls. The seed's megabytes
+(arXiv 2501.17343) are engines, and of either kind (10^6 or 2^20 bytes).
 """
 
 from __future__ import annotations
@@ -59,8 +60,6 @@ def sizes(name: str) -> dict[str, Any]:
 
 def exported(name: str, folder: Path) -> dict[str, Any]:
     """Export one network and run it."""
-    import openvino
-
     torch.manual_seed(0)
     began = perf_counter()
     done = export_network(build(name), channels=1, window=WINDOW)
@@ -70,17 +69,39 @@ def exported(name: str, folder: Path) -> dict[str, Any]:
     operators = Counter(node.op_type for node in done.model.graph)
     window, logits = done.window, done.logits
     del done
-    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    answer = np.asarray(compiled(window)[0])
     return {
         "file_bytes": sum(file.stat().st_size for file in folder.glob(f"{name}.onnx*")),
-        "error": relative_error(answer, logits),
-        "equal_labels": float((answer.argmax(1) == logits.argmax(1)).mean()),
+        **{runtime: judged(answer(path, window), logits) for runtime, answer in RUNTIMES.items()},
         "classes_seen": len(np.unique(logits.argmax(1))),
         "export_seconds": seconds,
         "export_peak_bytes": peak,
         "operators": dict(sorted(operators.items())),
     }
+
+
+def in_onnxruntime(path: Path, window: np.ndarray) -> np.ndarray:
+    """Its logits."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(None, {session.get_inputs()[0].name: window})[0])
+
+
+def in_openvino(path: Path, window: np.ndarray) -> np.ndarray:
+    """Its logits, in FP32."""
+    import openvino
+
+    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return np.asarray(compiled(window)[0])
+
+
+RUNTIMES = {"onnxruntime": in_onnxruntime, "openvino": in_openvino}
+
+
+def judged(answer: np.ndarray, logits: np.ndarray) -> dict[str, float]:
+    """Beside PyTorch's logits."""
+    equal = float((answer.argmax(1) == logits.argmax(1)).mean())
+    return {"error": relative_error(answer, logits), "equal_labels": equal}
 
 
 def line(name: str, found: dict[str, Any]) -> str:
@@ -89,7 +110,9 @@ def line(name: str, found: dict[str, Any]) -> str:
     text = f"{name:10} {found['parameters']:>13,} {mb:9.2f} MB {found['bytes'] / 2**20:9.2f} MiB"
     text += f"  seed {found['seed_mb']:7.2f} x {found['ratio']:.3f}" if "ratio" in found else " " * 22
     if "file_bytes" in found:
-        text += f"  file {found['file_bytes'] / 1e6:8.2f} MB  error {found['error']:.1e}  labels {found['equal_labels']:.6f}"
+        text += f"  file {found['file_bytes'] / 1e6:8.2f} MB"
+        for runtime in RUNTIMES:
+            text += f"  {runtime} {found[runtime]['error']:.1e} {found[runtime]['equal_labels']:.6f}"
         text += f"  {found['export_seconds']:.0f} s  {found['export_peak_bytes'] / 2**30:.1f} GiB"
     return text
 
@@ -97,7 +120,10 @@ def line(name: str, found: dict[str, Any]) -> str:
 def apart(name: str, folder: Path) -> dict[str, Any]:
     """What `exported` finds in a process of its own."""
     done = subprocess.run(
-        [sys.executable, __file__, name, "--export", str(folder), "--inner"], check=True, stdout=subprocess.PIPE, text=True
+        [sys.executable, __file__, name, "--export", str(folder), "--inner"],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found

@@ -35,9 +35,7 @@ def run(path: Path, image: np.ndarray) -> np.ndarray:
     return np.asarray(ort.InferenceSession(path).run(None, {"image": image})[0])
 
 
-@given(
-    axis=st.integers(1, 4), distinct=st.integers(1, 4), seed=st.integers(0, 99), pairs=st.booleans()
-)
+@given(axis=st.integers(1, 4), distinct=st.integers(1, 4), seed=st.integers(0, 99), pairs=st.booleans())
 @settings(max_examples=25, deadline=None)
 def test_sharing_changes_no_value(axis: int, distinct: int, seed: int, pairs: bool) -> None:
     import tempfile

@@ -12,13 +12,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small import NAMES
+from small import SMALL as SMALLEST
 from torch import nn
 
 from ptq3d.errors import OptionError, ShapeError
 from ptq3d.models import ALIASES, ARCHITECTURES, build_network, check_window, find_architecture
 from ptq3d.models.transunet import Block
-from small import NAMES
-from small import SMALL as SMALLEST
 
 SMALL = {"channels": (4, 8, 16), "num_classes": 3, "window": (16, 8, 12)}
 PLAIN_OPERATORS = {

@@ -81,7 +81,7 @@ def _gather(model: ir.Model, value: ir.Value, found: _Found, shared: dict[bytes,
     table = add_constant(model, f"{value.name}/different", different)
     node = ir.node("Gather", [table, shared[key]], {"axis": axis}, name=f"{value.name}/gather")
     node.outputs[0].name = f"{value.name}/gathered"
-    node.outputs[0].shape, node.outputs[0].dtype = value.shape, value.dtype
+    node.outputs[0].shape, node.outputs[0].type = value.shape, value.type
     model.graph.insert_before(model.graph[0], node)
     ir.convenience.replace_all_uses_with(value, node.outputs[0])
     model.graph.initializers.pop(str(value.name))

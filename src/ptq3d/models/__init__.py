@@ -86,7 +86,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             "encoder10.layer.conv1.conv.weight",
         ),
         head="out.conv.conv.weight",
-        needs=("monai", "einops"),
+        needs=("monai",),
     ),
     "transunet": Architecture(
         "ptq3d.models.transunet:build",
@@ -181,7 +181,9 @@ def check_channels(name: str, channels: tuple[int, ...], wanted: tuple[int, ...]
         OptionError: `channels` are not the wanted ones.
     """
     if channels != wanted:
-        raise OptionError(f"{name}: from a first level of {wanted[0]} channels follow {wanted}, got {channels}. Give those.")
+        raise OptionError(
+            f"{name}: from a first level of {wanted[0]} channels follow {wanted}, got {channels}. Give those."
+        )
 
 
 def build_network(
@@ -251,4 +253,6 @@ def read_classes(text: str | None) -> tuple[int, ...] | None:
     try:
         return tuple(int(number) for number in text.split(","))
     except ValueError as error:
-        raise OptionError(f"classes are whole numbers with commas between them, such as 1,3,14; got '{text}'.") from error
+        raise OptionError(
+            f"classes are whole numbers with commas between them, such as 1,3,14; got '{text}'."
+        ) from error

@@ -88,8 +88,10 @@ class SwinTransformer(nn.Module):
     def __init__(self, peer: Any) -> None:
         super().__init__()
         self.patch_embed = peer.patch_embed
-        for name in ("layers1", "layers2", "layers3", "layers4"):
-            self.add_module(name, nn.ModuleList([Stage(getattr(peer, name)[0])]))
+        self.layers1 = nn.ModuleList([Stage(peer.layers1[0])])
+        self.layers2 = nn.ModuleList([Stage(peer.layers2[0])])
+        self.layers3 = nn.ModuleList([Stage(peer.layers3[0])])
+        self.layers4 = nn.ModuleList([Stage(peer.layers4[0])])
 
     def forward(self, image: Tensor, normalize: bool = True) -> list[Tensor]:
         """(N, C, X, Y, Z) -> five feature maps, the finest with half the resolution."""

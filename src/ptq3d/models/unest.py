@@ -124,8 +124,9 @@ class NestLevel(nn.Module):
         cut = grid.reshape(batch, split, x, split, y, split, z, width).permute(0, 1, 3, 5, 2, 4, 6, 7)
         placed = cut.reshape(batch, *self.pos_embed.shape[1:]) + self.pos_embed
         tokens = self.transformer_encoder(placed.flatten(0, 1))
-        whole = tokens.reshape(batch, split, split, split, x, y, z, width).permute(0, 1, 4, 2, 5, 3, 6, 7)
-        return whole.reshape(grid.shape).permute(0, 4, 1, 2, 3)
+        blocks = tokens.reshape(batch, split, split, split, x, y, z, width).permute(0, 1, 4, 2, 5, 3, 6, 7)
+        whole: Tensor = blocks.reshape(grid.shape).permute(0, 4, 1, 2, 3)
+        return whole
 
 
 class NestTransformer(nn.Module):
@@ -235,7 +236,9 @@ def check_widths(channels: tuple[int, ...]) -> None:
     if len(channels) != 6:
         raise OptionError(f"unest has six levels, got channels={channels}. Give six widths.")
     if any(width > HEAD_WIDTH and width % HEAD_WIDTH for width in channels[2:5]):
-        raise OptionError(f"unest: the third to fifth width must be multiples of {HEAD_WIDTH} or below it, got {channels}.")
+        raise OptionError(
+            f"unest: the third to fifth width must be multiples of {HEAD_WIDTH} or below it, got {channels}."
+        )
 
 
 def _initialise(layer: nn.Module) -> None:

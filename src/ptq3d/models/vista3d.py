@@ -50,13 +50,14 @@ class VISTA3D(nn.Module):
         head = ClassMappingClassify(n_classes=EMBEDDINGS, feature_size=width, use_mlp=True)
         self.image_encoder = nn.ModuleDict({"encoder": encoder.encoder, "up_layers_auto": encoder.up_layers_auto})
         self.class_head = nn.ModuleDict(dict(head.named_children()))
+        self.levels, self.mlp = tuple(encoder.up_layers_auto), tuple(head.mlp)  # the same modules, not named twice
         self.register_buffer("prompts", torch.tensor(classes), persistent=False)
 
     def features(self, image: Tensor) -> Tensor:
         """(N, C, X, Y, Z) float32 -> (N, channels[0], X, Y, Z), what prompts are multiplied with."""
         skips = self.image_encoder["encoder"](image)
         x = skips.pop()
-        for level in self.image_encoder["up_layers_auto"]:
+        for level in self.levels:
             x = level["head"](level["blocks"](level["upsample"](x) + skips.pop()))
         features: Tensor = self.class_head["image_post_mapping"](x)
         return features
@@ -64,7 +65,7 @@ class VISTA3D(nn.Module):
     def head(self) -> Tensor:
         """(1 + K, channels[0], 1, 1, 1) weights: zeros for the background, then an embedding for each prompt."""
         embedded = self.class_head["class_embeddings"](self.prompts)
-        linear, norm, _, out = self.class_head["mlp"]
+        linear, norm, _, out = self.mlp
         hidden = norm(linear(embedded[:, None]))[:, 0]
         rows = out(hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2)  # a GELU written out, which an export folds
         return torch.cat([torch.zeros_like(rows[:1]), rows])[..., None, None, None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from ptq3d.models.stunet import Upsample
 from ptq3d.models.swinunetr import shift_masks
 from ptq3d.models.unest import Attention, NestLevel
 from ptq3d.models.vista3d import VISTA3D
+from ptq3d.options import ExportOptions
+from ptq3d.pipeline import export
 
 MEGABYTES = {"unest": 349.41, "swinunetr": 247.96, "segresnet": 170.44}  # of arXiv 2501.17343, in either kind of MB
 CLASSES = {"unest": 133}
@@ -303,6 +306,23 @@ def test_a_checkpoint_of_vista3d_is_told_its_classes(tmp_path: Path) -> None:
         assert torch.equal(loaded(image), ours(image))
         torch.testing.assert_close(everything(image)[:, [0, 1, 3, 14]], ours(image), rtol=1e-5, atol=1e-6)
     assert everything(image).shape[1] == 133
+
+
+@pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated")
+def test_export_fixes_the_classes_of_vista3d(tmp_path: Path) -> None:
+    peer, _ = monai_vista3d((1,))
+    torch.save(peer.state_dict(), tmp_path / "vista.pt")
+    options = ExportOptions(
+        checkpoint=tmp_path / "vista.pt",
+        net="vista3d",
+        classes="1,3,14",
+        window=(16, 8, 12),
+        preprocessing="btcv",
+        output=tmp_path / "vista.onnx",
+    )
+    assert export(options).facts["classes"] == ["background", "class 1", "class 2", "class 3"]
+    with pytest.raises(ShapeError, match="multiple of 4"):
+        export(replace(options, window=(16, 8, 10)))
 
 
 @pytest.mark.parametrize(

@@ -167,7 +167,7 @@ class Widen(nn.Module):
 
 
 class UNesT(nn.Module):
-    """UNesT large: 87.3 million parameters with 133 classes, 32-64-128-256-512-1024 channels and a 96^3 window.
+    """UNesT large: 87,205,158 parameters with 133 classes, 32-64-128-256-512-1024 channels and a 96^3 window.
 
     Args:
         in_channels: channels of the image.

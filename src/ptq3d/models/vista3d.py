@@ -22,7 +22,7 @@ EMBEDDINGS = 512  # of the published weights, which know the prompts 1 to 132
 
 
 class VISTA3D(nn.Module):
-    """VISTA3D's automatic branch: 196,360,000 parameters with 48-96-192-384-768 channels, 785 MB.
+    """VISTA3D's automatic branch: 196,385,184 parameters with 48-96-192-384-768 channels, 786 MB.
 
     Names are those of MONAI's checkpoint; the branch for clicked points (`point_head`, `image_encoder.up_layers`) is left
     out. arXiv 2501.17343 gives 264.57 MB, a third of the published network: that one cannot be `vista3d132`, and nothing is

@@ -144,9 +144,12 @@ def _path(options: SourceOptions) -> Path:
 
 
 def _from_checkpoint(options: SourceOptions) -> tuple[Pretrained, ...]:
+    from ptq3d.models import read_classes
     from ptq3d.models.sources import from_checkpoint
 
-    return (from_checkpoint(_path(options), options.net, num_classes=options.num_classes),)
+    wanted, prompts = options.num_classes, read_classes(options.classes)
+    found = from_checkpoint(_path(options), options.net, num_classes=wanted, classes=prompts, window=options.window)
+    return (found,)
 
 
 def _from_nnunet(options: SourceOptions) -> tuple[Pretrained, ...]:
@@ -187,6 +190,7 @@ SOURCES: Mapping[str, Callable[[SourceOptions], tuple[Pretrained, ...]]] = {
 BELONGS_TO: Mapping[str, tuple[str, ...]] = {
     "net": ("checkpoint",),
     "num_classes": ("checkpoint",),
+    "classes": ("checkpoint",),
     "folds": ("nnunet",),
     "configuration": ("nnunet", "bundle"),
     "in_channels": ("torchscript",),

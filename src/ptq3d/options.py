@@ -52,7 +52,7 @@ class TrainOptions(Common):
     labels: Annotated[Path, arg(aliases=["--label-path"])]
     """Folder of label maps, paired with the images by name."""
     model: Annotated[str, arg(aliases=["--net"])] = "unet"
-    """Architecture: unet or transunet."""
+    """Architecture: unet, transunet, unest, swinunetr, segresnet, vista3d, stunet_s, stunet_b, stunet_l or stunet_h."""
     output_dir: Path = Path("runs/train")
     """Where best.ckpt, last.ckpt and the TensorBoard log go."""
     preprocessing: str = "btcv"
@@ -113,6 +113,8 @@ class SourceOptions(Common):
     """Architecture, where the checkpoint does not say."""
     num_classes: int | None = None
     """Classes with background that the checkpoint must have."""
+    classes: str | None = None
+    """Class prompts of a network that is told its classes (vista3d), such as 1,3,14; default: all it knows."""
     folds: tuple[str, ...] = ()
     """Folds of an nnU-Net folder, e.g. 0 1 2; default: all that are there."""
     configuration: str | None = None

@@ -40,6 +40,19 @@ def test_another_window_of_a_convolutional_network(tmp_path: Path) -> None:
     assert run(tmp_path / "w.onnx", windows(1, shape=(1, 16, 10, 9))).shape == (1, 4, 16, 10, 9)
 
 
+def test_weights_too_many_for_one_file_lie_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = NETWORKS["unet"](tmp_path / "n.onnx")
+    model = simplify(load_graph(path))
+    save_graph(model, tmp_path / "one.onnx")
+    monkeypatch.setattr("ptq3d.graphs.files.EXTERNAL_DATA_BYTES", 0)
+    save_graph(model, tmp_path / "two.onnx")
+    assert (tmp_path / "two.onnx.data").is_file()
+    save_graph(simplify(load_graph(tmp_path / "two.onnx")), tmp_path / "again.onnx")
+    x = windows(1, seed=3)
+    for name in ("two", "again"):
+        np.testing.assert_array_equal(run(tmp_path / f"{name}.onnx", x), run(tmp_path / "one.onnx", x))
+
+
 def test_export_equals_pytorch(tmp_path: Path) -> None:
     from torch import nn
 

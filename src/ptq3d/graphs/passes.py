@@ -12,13 +12,14 @@ from onnx_ir.passes import common
 from ptq3d.errors import GraphError
 from ptq3d.graphs.constants import add_constant
 from ptq3d.graphs.layers import groups, shape_of
+from ptq3d.graphs.repeats import share_repeats
 
 FOLD_LIMIT_BYTES = 1 << 31
 QDQ = ("QuantizeLinear", "DequantizeLinear")
 
 
 def simplify(model: ir.Model) -> ir.Model:
-    """The graph with constants and BatchNormalization folded, every node named and every shape known.
+    """The graph with constants and BatchNormalization folded, repeats stored once, nodes named and shapes known.
 
     Args:
         model: static channels and window. It is changed in place. A Q/DQ graph keeps its nodes.
@@ -48,6 +49,7 @@ def simplify(model: ir.Model) -> ir.Model:
         ],
     )
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    share_repeats(model)
     infer_shapes(model)
     name_nodes(model)
     _check_channels(model)
@@ -69,7 +71,8 @@ def _check_channels(model: ir.Model) -> None:
 
 
 def _may_fold(node: ir.Node) -> bool | None:
-    return False if node.op_type in QDQ else None
+    """Never Q and DQ; always constants of a shape, which masks begin with; the optimizer's rules for the rest."""
+    return {"ConstantOfShape": True, **dict.fromkeys(QDQ, False)}.get(node.op_type)
 
 
 def is_quantized(model: ir.Model) -> bool:

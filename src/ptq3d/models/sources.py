@@ -51,13 +51,21 @@ def read_description(path: Path) -> dict[str, Any] | None:
     return _description(read_checkpoint(path))
 
 
-def from_checkpoint(path: Path, name: str | None = None, *, num_classes: int | None = None) -> Pretrained:
+def from_checkpoint(
+    path: Path,
+    name: str | None = None,
+    *,
+    num_classes: int | None = None,
+    classes: tuple[int, ...] | None = None,
+    window: tuple[int, int, int] | None = None,
+) -> Pretrained:
     """The network of a checkpoint, with what our training wrote beside its weights.
 
     Args:
         path: the checkpoint.
         name: architecture by name or alias; None takes the one the checkpoint describes.
         num_classes: wanted classes with the background; None takes those of the checkpoint.
+        classes, window: see `load_network`.
 
     Raises:
         FileError, CheckpointError: see `load_network`.
@@ -66,15 +74,17 @@ def from_checkpoint(path: Path, name: str | None = None, *, num_classes: int | N
     content = read_checkpoint(path)
     described = _description(content) or {}
     if name is None and "architecture" not in described:
-        raise OptionError(f"{path} does not say which network it is. Name it with --net unet (or transunet).")
-    network, architecture, in_channels = _network(content, path, name, num_classes=num_classes)
-    rules, labels, window = (described.get(key) for key in ("preprocessing", "labels", "window"))
+        raise OptionError(f"{path} does not say which network it is. Name it with --net, for example --net unet.")
+    network, architecture, in_channels = _network(
+        content, path, name, num_classes=num_classes, classes=classes, window=window
+    )
+    rules, labels, seen = (described.get(key) for key in ("preprocessing", "labels", "window"))
     return Pretrained(
         network,
         architecture,
         in_channels,
         (path,),
-        window=None if window is None else (int(window[0]), int(window[1]), int(window[2])),
+        window=None if seen is None else (int(seen[0]), int(seen[1]), int(seen[2])),
         labels=None if labels is None else tuple(labels),
         preprocessing=None if rules is None else Preprocessing.from_dict(rules),
         overlap=described.get("overlap"),
@@ -82,7 +92,13 @@ def from_checkpoint(path: Path, name: str | None = None, *, num_classes: int | N
 
 
 def load_network(
-    path: Path, name: str | None = None, *, num_classes: int | None = None, in_channels: int | None = None
+    path: Path,
+    name: str | None = None,
+    *,
+    num_classes: int | None = None,
+    in_channels: int | None = None,
+    classes: tuple[int, ...] | None = None,
+    window: tuple[int, int, int] | None = None,
 ) -> nn.Module:
     """The network of a checkpoint with its weights, in evaluation mode on the CPU.
 
@@ -93,13 +109,19 @@ def load_network(
         name: architecture by name or alias; None takes the one the checkpoint describes.
         num_classes: wanted classes with the background; None takes those of the checkpoint.
         in_channels: wanted channels of the image; None takes those of the checkpoint.
+        classes: prompts of the foreground classes, for a network that is told its classes.
+        window: (X, Y, Z) voxels that it will see; None takes those of the checkpoint, else the published ones.
 
     Raises:
         FileError: there is no such file.
         CheckpointError: it is the checkpoint of another network, or cannot be loaded.
         OptionError: `name` is no network, or the file does not say which one it holds and `name` is None.
+        ShapeError: the network cannot halve the window at each of its levels.
     """
-    return _network(read_checkpoint(path), path, name, num_classes=num_classes, in_channels=in_channels)[0]
+    content = read_checkpoint(path)
+    return _network(
+        content, path, name, num_classes=num_classes, in_channels=in_channels, classes=classes, window=window
+    )[0]
 
 
 def _network(
@@ -109,15 +131,23 @@ def _network(
     *,
     num_classes: int | None = None,
     in_channels: int | None = None,
+    classes: tuple[int, ...] | None = None,
+    window: tuple[int, int, int] | None = None,
 ) -> tuple[nn.Module, str, int]:
     """(network in evaluation mode, name of its architecture, channels of its image) of a checkpoint's content."""
     state = weights_of(content, path)
     described = _description(content)
-    sizes = _sizes_of_weights(state, path) if described is None else _sizes_described(described, path)
+    sizes = {} if described is None else _sizes_described(described, path)
     name = _agree(path, "architecture", name and find_architecture(name)[0], sizes.pop("architecture", None))
+    architecture = find_architecture(name)[1]
+    state = {key: value for key, value in state.items() if not key.startswith(architecture.unused)}
+    sizes = sizes or _sizes_of_weights(state, path, name)
+    if architecture.prompts:
+        sizes["num_classes"] = _prompted(sizes["num_classes"], num_classes, architecture.prompts, classes)
     sizes["num_classes"] = _agree(path, "num_classes", num_classes, sizes.get("num_classes"))
     sizes["in_channels"] = _agree(path, "in_channels", in_channels, sizes.get("in_channels"))
-    network = build_network(name, **sizes)
+    sizes["window"] = window or sizes.get("window")
+    network = build_network(name, **sizes, classes=classes)
     check_fit(state, network.state_dict(), path=path, name=name)
     network.load_state_dict(state, strict=False)  # only counters of BatchNorm, which inference ignores, can be missing
     return network.eval(), name, int(sizes["in_channels"])
@@ -211,22 +241,41 @@ def _sizes_described(description: Mapping[str, Any], path: Path) -> dict[str, An
         ) from error
 
 
-def _sizes_of_weights(state: dict[str, Tensor], path: Path) -> dict[str, Any]:
-    """Sizes off the encoder and the head, which have the same names in every network of the zoo."""
-    names = takewhile(state.__contains__, (f"encoder.levels.{level}.0.weight" for level in count()))
-    shapes = [tuple(state[name].shape) for name in names]
-    if not shapes or "head.weight" not in state:
-        nnunet = any(name.startswith("decoder.seg_layers.") for name in state)
+def _sizes_of_weights(state: Mapping[str, Tensor], path: Path, name: str) -> dict[str, Any]:
+    """Sizes off one weight of each level and the head, whose names the table of networks knows."""
+    architecture = find_architecture(name)[1]
+    names = _level_names(architecture.levels, state)
+    head = architecture.head and architecture.head.format(above=len(names) - 2)
+    missing = [one for one in (*names, *([head] if head else ())) if one not in state]
+    if missing or not names:
+        nnunet = any(one.startswith("decoder.seg_layers.") for one in state)
+        mend = (
+            "Give the folder of nnU-Net results it lies in"
+            if nnunet
+            else "Name its architecture, or export it to ONNX with its own code"
+        )
+        wanted = missing[0] if missing else architecture.levels[0].format(level=0)
         raise CheckpointError(
-            f"{path}: weights of another network: it has no 'encoder.levels.0.0.weight' or no 'head.weight' "
-            f"(its first tensor is '{next(iter(state))}'). "
-            f"{'Give the folder of nnU-Net results it lies in' if nnunet else 'Export that network to ONNX with its own code'}."
+            f"{path}: weights of another network than {name}: it has no '{wanted}' "
+            f"(its first tensor is '{next(iter(state), None)}'). {mend}."
         )
     return {
-        "in_channels": shapes[0][1],
-        "num_classes": int(state["head.weight"].shape[0]),
-        "channels": tuple(shape[0] for shape in shapes),
+        "in_channels": int(state[names[0]].shape[1]),
+        "num_classes": int(state[head].shape[0]) if head else None,
+        "channels": tuple(int(state[one].shape[0]) for one in names),
     }
+
+
+def _level_names(patterns: tuple[str, ...], state: Mapping[str, Tensor]) -> list[str]:
+    """The weights that show a network's levels; the last pattern may stand for any number of them."""
+    *fixed, last = patterns
+    further = (last.format(level=level, above=level - 1) for level in count(len(fixed)))
+    return [*fixed, *(takewhile(state.__contains__, further) if "{" in last else [last])]
+
+
+def _prompted(described: int | None, wanted: int | None, prompts: int, classes: tuple[int, ...] | None) -> int:
+    """The classes of a network that is told them: as told, as described, as wanted, or all it knows."""
+    return 1 + len(classes) if classes is not None else described or wanted or 1 + prompts
 
 
 def _agree(path: Path, what: str, wanted: Any, found: Any) -> Any:

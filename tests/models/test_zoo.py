@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import ptq3d.models
 from ptq3d.errors import CheckpointError, GraphError, OptionError, ShapeError, UnavailableError
+from ptq3d.exporting import export
 from ptq3d.graphs.export import export_network, relative_error
 from ptq3d.graphs.files import save_graph
 from ptq3d.graphs.split_head import split_head
@@ -30,7 +31,6 @@ from ptq3d.models.swinunetr import shift_masks
 from ptq3d.models.unest import Attention, NestLevel
 from ptq3d.models.vista3d import VISTA3D
 from ptq3d.options import ExportOptions
-from ptq3d.exporting import export
 
 MEGABYTES = {"unest": 349.41, "swinunetr": 247.96, "segresnet": 170.44}  # of arXiv 2501.17343, in either kind of MB
 CLASSES = {"unest": 133}

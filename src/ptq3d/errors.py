@@ -80,3 +80,8 @@ class OptionError(InputError):
 
 class UnavailableError(InputError):
     """An engine, device or library is not on this machine."""
+
+
+def line_of(error: Exception, number: int = 0) -> str:
+    """One line of a message: the first says what, the last (-1) why where TorchScript prints its trace before it."""
+    return (str(error).strip() or type(error).__name__).splitlines()[number]

@@ -52,7 +52,7 @@ class TrainOptions(Common):
     labels: Annotated[Path, arg(aliases=["--label-path"])]
     """Folder of label maps, paired with the images by name."""
     model: Annotated[str, arg(aliases=["--net"])] = "unet"
-    """Architecture: unet, transunet, unest, swinunetr, segresnet, vista3d, stunet_s, stunet_b, stunet_l or stunet_h."""
+    """Architecture: unet, transunet, nnunet, unest, swinunetr, segresnet, vista3d, stunet_s, stunet_b, stunet_l or stunet_h."""
     output_dir: Path = Path("runs/train")
     """Where best.ckpt, last.ckpt and the TensorBoard log go."""
     preprocessing: str = "btcv"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
-from ptq3d.errors import GraphError
+from ptq3d.errors import GraphError, line_of
 from ptq3d.graphs.files import load_graph
 from ptq3d.graphs.passes import simplify
 
@@ -66,7 +66,7 @@ def export_network(
             answer = _callable(network)(example)
     except (RuntimeError, ValueError, AssertionError, TypeError) as error:
         raise GraphError(
-            f"the network does not take windows of {window} voxels with {channels} channels: {_line(error, -1)}. "
+            f"the network does not take windows of {window} voxels with {channels} channels: {line_of(error, -1)}. "
             "Most networks want a window divisible by their total stride (16 or 32)."
         ) from error
     if not isinstance(answer, torch.Tensor):
@@ -102,7 +102,7 @@ def _exportable(network: Module | ExportedProgram, example: Tensor) -> Module | 
         return _operators_called(network, example)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
         raise GraphError(
-            f"PyTorch cannot turn this TorchScript into a graph: {_line(error, 0)}. Export the network itself to ONNX."
+            f"PyTorch cannot turn this TorchScript into a graph: {line_of(error)}. Export the network itself to ONNX."
         ) from error
 
 
@@ -141,14 +141,9 @@ def _torch_export(network: Module | ExportedProgram, example: Tensor, path: Path
                 input_names=["image"], output_names=["logits"], external_data=True,
             )  # fmt: skip
     except torch.onnx.errors.OnnxExporterError as error:
-        raise GraphError(f"PyTorch cannot export this network to ONNX: {_line(error, 0)}") from error
+        raise GraphError(f"PyTorch cannot export this network to ONNX: {line_of(error)}") from error
     finally:
         noisy.setLevel(level)
-
-
-def _line(error: Exception, number: int) -> str:
-    """One line of a message: the first says what, the last why where TorchScript prints its trace before it."""
-    return (str(error).strip() or type(error).__name__).splitlines()[number]
 
 
 def relative_error(found: np.ndarray, wanted: np.ndarray) -> float:

@@ -1,7 +1,7 @@
 """Constants that repeat themselves, stored once: masks of shifted windows, tables of relative positions.
 
 A network that attends within windows adds the same few masks to hundreds of windows, and the same few position biases to
-thousands of pairs of tokens. Written out at 96^3, SwinUNETR's weigh 224 MB beside 249 MB of weights.
+thousands of pairs of tokens. Written out at 96^3, SwinUNETR's weigh about as much as its weights.
 """
 
 from __future__ import annotations

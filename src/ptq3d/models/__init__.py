@@ -193,6 +193,22 @@ def check_channels(name: str, channels: tuple[int, ...], wanted: tuple[int, ...]
         )
 
 
+def require_own_window(name: str, image: tuple[int, ...], window: tuple[int, int, int]) -> None:
+    """Refuse an image that is not of the size that learned positions fit.
+
+    Args:
+        name: of the network, for the message.
+        image: (X, Y, Z) given.
+        window: (X, Y, Z) the positions were made for.
+
+    Raises:
+        ShapeError: they differ.
+    """
+    if tuple(image) != window:
+        given, wanted = ("x".join(map(str, size)) for size in (image, window))
+        raise ShapeError(f"this {name} has learned positions for windows of {wanted} voxels, got {given}.")
+
+
 def build_network(
     name: str,
     *,

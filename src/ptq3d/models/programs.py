@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ptq3d.errors import CheckpointError, FileError
+from ptq3d.errors import CheckpointError, FileError, line_of
 from ptq3d.models.pretrained import Pretrained
 
 if TYPE_CHECKING:
@@ -67,9 +67,7 @@ def from_torchscript(path: Path, *, in_channels: int | None = None) -> Pretraine
     try:
         network = torch.jit.load(path, map_location="cpu")  # type: ignore[no-untyped-call]
     except (RuntimeError, ValueError, OSError) as error:
-        raise CheckpointError(
-            f"{path}: no TorchScript that can be read ({_first_line(error)}). Save it again."
-        ) from error
+        raise CheckpointError(f"{path}: no TorchScript that can be read ({line_of(error)}). Save it again.") from error
     channels = in_channels or _first_channels(network.state_dict(), path)
     return Pretrained(network.eval(), "torchscript", channels, (path,))
 
@@ -90,7 +88,7 @@ def from_exported_program(path: Path) -> Pretrained:
         program = torch.export.load(io.BytesIO(path.read_bytes()))
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
         raise CheckpointError(
-            f"{path}: no ExportedProgram that this PyTorch {torch.__version__} can read ({_first_line(error)}). Export it again."
+            f"{path}: no ExportedProgram that this PyTorch {torch.__version__} can read ({line_of(error)}). Export it again."
         ) from error
     shape = _image_shape(program, path)
     return Pretrained(program, "exported-program", shape[1], (path,), window=(shape[2], shape[3], shape[4]))
@@ -176,7 +174,7 @@ def _require_tensors(content: bytes, path: Path) -> None:
         if content:
             torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise _refused(path, f"its example inputs are no plain tensors ({_first_line(error)})") from error
+        raise _refused(path, f"its example inputs are no plain tensors ({line_of(error)})") from error
 
 
 def _refused(path: Path, reason: str) -> CheckpointError:
@@ -184,10 +182,6 @@ def _refused(path: Path, reason: str) -> CheckpointError:
         f"{path}: refused, it needs code to load: {reason}. Export the network with static shapes by torch.export.export and "
         "torch.export.save of PyTorch 2.13, or export it to ONNX where it comes from."
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _first_channels(state: Mapping[str, Tensor], path: Path) -> int:

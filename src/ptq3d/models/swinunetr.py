@@ -3,7 +3,7 @@
 Blocks, decoder and names are MONAI's. The way through the levels is written here, because MONAI computes the masks of shifted
 windows in hundreds of operators that an export has to fold again. They depend on the window alone; in an exported graph each of
 them, and each table of position biases, is one Gather of a small constant (`graphs/repeats.py`): written out they would weigh
-224 MB at 96^3, as much as the weights.
+about as much as the weights.
 """
 
 from __future__ import annotations

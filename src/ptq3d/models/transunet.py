@@ -11,7 +11,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ptq3d.errors import OptionError, ShapeError
+from ptq3d.errors import OptionError
+from ptq3d.models import require_own_window
 from ptq3d.models.unet import Decoder, Encoder, initialise
 
 HEADS = 12
@@ -103,9 +104,7 @@ class TransUNet(nn.Module):
         Raises:
             ShapeError: the image is not of the size of the window.
         """
-        if tuple(image.shape[2:]) != self.window:
-            given, wanted = ("x".join(map(str, size)) for size in (image.shape[2:], self.window))
-            raise ShapeError(f"this transunet has learned positions for windows of {wanted} voxels, got {given}.")
+        require_own_window("transunet", image.shape[2:], self.window)
         *skips, deepest = self.encoder(image)
         embedded = self.embedding(deepest)
         tokens = self.blocks(embedded.flatten(2).transpose(1, 2) + self.positions)

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from monai.networks.blocks import Convolution, UnetOutBlock, UnetrBasicBlock, UnetrUpBlock
 from torch import Tensor, nn
 
-from ptq3d.errors import OptionError, ShapeError
+from ptq3d.errors import OptionError
+from ptq3d.models import require_own_window
 
 PATCH = 4  # voxels along the side of a token
 SPLITS = (4, 2, 1)  # blocks along each side of the grid of tokens, level by level
@@ -209,9 +210,7 @@ class UNesT(nn.Module):
         Raises:
             ShapeError: the image is not of the size of the window.
         """
-        if tuple(image.shape[2:]) != self.window:
-            given, wanted = ("x".join(map(str, size)) for size in (image.shape[2:], self.window))
-            raise ShapeError(f"this unest has learned positions for windows of {wanted} voxels, got {given}.")
+        require_own_window("unest", image.shape[2:], self.window)
         normed, (embedded, first, second, third) = self.nestViT(image)
         x = self.decoder5(self.encoder10(normed), third)
         x = self.decoder4(x, self.encoder4(second))

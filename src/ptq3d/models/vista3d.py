@@ -26,7 +26,7 @@ class VISTA3D(nn.Module):
 
     Names are those of MONAI's checkpoint; the branch for clicked points (`point_head`, `image_encoder.up_layers`) is left
     out. arXiv 2501.17343 gives 264.57 MB, a third of the published network: that one cannot be `vista3d132`, and nothing is
-    said of how it differs. 28-56-112-224-448 channels come to its size (267 MB) and fit no public weights.
+    said of how it differs. 28-56-112-224-448 channels come near its size and fit no public weights.
 
     Args:
         in_channels: channels of the image.

@@ -77,9 +77,10 @@ def quantize_graph(model: ir.Model, seen: Observations, recipe: Recipe) -> Quant
     if recipe.equalize:
         done = equalization.equalize(model, planning.place(model, target), seen.tensors)
         seen = seen.scaled(done.tensors, done.layers)
-        smoothed = smoothing.smooth(model, planning.place(model, target), seen.tensors)
+        placement = planning.place(model, target)  # the two steps that follow rename nothing
+        smoothed = smoothing.smooth(model, placement, seen.tensors)
         seen = seen.scaled(smoothed.tensors, smoothed.layers)
-        levelled = equalization.level(model, planning.place(model, target), seen.tensors)
+        levelled = equalization.level(model, placement, seen.tensors)
         seen = seen.scaled(levelled.tensors, levelled.layers)
     head = head_layer_of(model)
     keep = recipe.keep if head is None else (*recipe.keep, glob.escape(head))

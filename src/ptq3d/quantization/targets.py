@@ -56,7 +56,7 @@ TARGETS: Mapping[str, Target] = {
             frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"}),
             False,
             "x86 multiplies u8 activations with s8 weights (VNNI); concat and pooling stay in u8 where scales are equal; "
-            "a normalization reads INT8 in half the time, and turning its groups costs more than the convolution in float",
+            "a normalization reads INT8 faster, and turning its groups in float costs as much as a convolution",
             reads=frozenset({"InstanceNormalization"}),
             channel_steps=True,
             second_terms=True,

@@ -18,7 +18,7 @@ from ptq3d.graphs.files import load_graph, save_graph
 from ptq3d.graphs.layers import layers
 from ptq3d.graphs.passes import is_quantized, simplify
 from ptq3d.int8 import quantize
-from ptq3d.quantization import equalization, planning, qdq
+from ptq3d.quantization import equalization, planning, qdq, second_terms
 from ptq3d.quantization.quantizer import Quantized, Recipe, quantize_graph
 from ptq3d.quantization.targets import TARGETS
 from quantizing import FAST, IMAGES, example, graph, observed_exactly, outputs, planned, run
@@ -36,6 +36,12 @@ WITHOUT = (
     Recipe(second_terms=0),
     Recipe(rounding="nearest"),
 )
+
+
+@pytest.fixture(autouse=True)
+def every_layer_is_worth_mending(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The small networks of the tests hardly need it."""
+    monkeypatch.setattr(second_terms, "WORTH", 0.0)
 
 
 @cache

@@ -35,6 +35,7 @@ WORK, WEIGHTS = second_terms.work(example("unet")[0]), parameter_count(example("
 def every_noise_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """The small networks of the tests hardly need mending."""
     monkeypatch.setattr(second_terms, "ENOUGH", 0.0)
+    monkeypatch.setattr(second_terms, "WORTH", 0.0)
 
 
 def test_a_network_that_errs_little_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,6 +43,16 @@ def test_a_network_that_errs_little_is_left_alone(monkeypatch: pytest.MonkeyPatc
     assert second_terms.choose(quiet, example("unet")[0]) != second_terms.Mended()
     monkeypatch.setattr(second_terms, "ENOUGH", 0.004**2)
     assert second_terms.choose(quiet, example("unet")[0]) == second_terms.Mended()
+
+
+def test_a_layer_that_buys_less_than_its_work_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the price allows: its share of the noise must be WORTH times its share of the work."""
+    model = example("unet")[0]
+    found = [Noise("good", "a", 0.7, 1, 1, 0.1 * WORK, WORK), Noise("poor", "b", 0.3, 1, 1, 0.1 * WORK, WORK)]
+    for worth, split in ((0.0, ["good", "poor"]), (2.9, ["good", "poor"]), (3.1, ["good"]), (7.1, [])):
+        monkeypatch.setattr(second_terms, "WORTH", worth)
+        for cost in (0.25, 0.5):
+            assert [layer.layer for layer in second_terms.choose(found, model, cost=cost).split] == split
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +229,7 @@ def test_noise_is_what_8_bits_do_to_the_output_of_a_layer(unet: ir.Model) -> Non
 @pytest.mark.parametrize("name", ["unet", "meshnet", "attention"])
 def test_layers_too_thin_for_two_terms_are_float_in_the_graph(name: str, tmp_path: Path) -> None:
     model, seen = example(name)
-    made = quantize_graph(model, seen, Recipe())
+    made = quantize_graph(model, seen, Recipe(second_terms=0.5))
     save_graph(made.model, tmp_path / "q.onnx")
     integer = qdq.integer_layers(simplify(load_graph(tmp_path / "q.onnx")))
     assert made.kept

@@ -13,7 +13,9 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+import onnx_ir as ir
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ptq3d.engines.base import EngineOptions, EngineSpec, LayerReport, Precision, Windows, head_layer, require_windows
@@ -49,7 +51,7 @@ def build(onnx: Path, folder: Path) -> tuple[Path, ...]:
     """OpenVINO IR of an ONNX file: `model.xml` (graph) and `model.bin` (weights, INT8 ones as INT8).
 
     int8 activations around a concat become uint8 first, which is exact: OpenVINO 2026.4 can misread them as int8
-    (docs/foreign-qdq.md).
+    (docs/foreign-qdq.md). Constants that are gathered stay gathered: OpenVINO would write them out.
 
     Args:
         onnx: FP32 or Q/DQ.
@@ -61,20 +63,43 @@ def build(onnx: Path, folder: Path) -> tuple[Path, ...]:
     import openvino
 
     folder.mkdir(parents=True, exist_ok=True)
+    model = simplify(load_graph(onnx))
+    if any(node.op_type == "Concat" for node in model.graph):
+        unsigned_activations(model)
+    tables = _tables_as_inputs(model)
     with tempfile.TemporaryDirectory() as scratch:
-        source = _mended(onnx, Path(scratch))
+        save_graph(model, Path(scratch) / onnx.name)
         with _engine_errors(f"OpenVINO cannot convert {onnx}"):
-            openvino.save_model(openvino.convert_model(source), folder / ARTEFACT, compress_to_fp16=False)
+            converted = openvino.convert_model(Path(scratch) / onnx.name)
+            _inputs_as_constants(converted, tables)
+            openvino.save_model(converted, folder / ARTEFACT, compress_to_fp16=False)
     return folder / ARTEFACT, folder / "model.bin"
 
 
-def _mended(onnx: Path, scratch: Path) -> Path:
-    """The file itself, or one of the same meaning without int8 activations where it holds a concat."""
-    model = simplify(load_graph(onnx))
-    if not any(node.op_type == "Concat" for node in model.graph) or not unsigned_activations(model):
-        return onnx
-    save_graph(model, scratch / onnx.name)
-    return scratch / onnx.name
+def _tables_as_inputs(model: ir.Model) -> dict[str, NDArray[np.generic]]:
+    """Make an input of every constant that is gathered by constants, so that no conversion can fold it; they are returned."""
+    tables = {}
+    for node in model.graph:
+        fixed = [value for value in node.inputs if value is not None and value.const_value is not None]
+        if node.op_type == "Gather" and len(fixed) == len(node.inputs) and fixed[0].name not in tables:
+            table = fixed[0]
+            tables[str(table.name)] = table.const_value.numpy()  # type: ignore[union-attr]
+            model.graph.initializers.pop(str(table.name))
+            table.const_value = None
+            model.graph.inputs.append(table)
+    return tables
+
+
+def _inputs_as_constants(model: Any, tables: Mapping[str, NDArray[np.generic]]) -> None:
+    """The reverse, in OpenVINO's model."""
+    from openvino import opset13 as ops
+
+    for name, table in tables.items():
+        parameter = model.input(name).get_node()
+        fixed = ops.constant(table)
+        for reader in parameter.output(0).get_target_inputs():
+            reader.replace_source_output(fixed.output(0))
+        model.remove_parameter(parameter)
 
 
 def open(folder: Path, options: EngineOptions) -> OpenVinoEngine:

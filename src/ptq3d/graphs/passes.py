@@ -13,6 +13,7 @@ from ptq3d.errors import GraphError
 from ptq3d.graphs.constants import add_constant
 from ptq3d.graphs.layers import groups, shape_of
 from ptq3d.graphs.repeats import share_repeats
+from ptq3d.graphs.tokens import shorten_tokens
 
 FOLD_LIMIT_BYTES = 1 << 31
 QDQ = ("QuantizeLinear", "DequantizeLinear")
@@ -49,6 +50,9 @@ def simplify(model: ir.Model) -> ir.Model:
         ],
     )
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    infer_shapes(model)
+    if not is_quantized(model):
+        shorten_tokens(model)
     share_repeats(model)
     infer_shapes(model)
     name_nodes(model)

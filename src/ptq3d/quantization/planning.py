@@ -14,6 +14,7 @@ from ptq3d.int8 import Scale, scale_of_range, scale_of_weight
 from ptq3d.quantization.observers import Range
 from ptq3d.quantization.targets import MOVES, Target
 
+RECTIFIED = frozenset({"Relu", "Sigmoid", "Softmax"})
 Use = tuple[str, int]  # (name of a node, index of its input)
 
 
@@ -113,21 +114,25 @@ def place(model: ir.Model, target: Target, *, keep: Sequence[str] = ()) -> Place
     shared = _Groups()
     signed: set[str] = set()
     for node in chosen:
-        shared.join(list(_sources(node.inputs[0], every=target.direct)))
-        if weight_value(node) is None:
+        left, is_product = list(_sources(node.inputs[0], every=target.direct)), weight_value(node) is None
+        shared.join(left)
+        if (is_product or node.op_type in target.unshifted) and not _is_rectified(node.inputs[0]):
+            signed.update(left)
+        if is_product:
             right = list(_sources(node.inputs[1], every=target.direct))
             shared.join(right)
             signed.update(right)
     names = tuple(str(node.name) for node in chosen)
     read = _read_uses(model, names, target)
     signed.update(name for value in read.values() for name in _sources(value))
-    sinks = (_residual_uses(model, names) if target.residual else {}) | read
-    for branch in (*_inner_tensors(model, names, target), *sinks.values()):
+    residual = _residual_uses(model, names) if target.residual else {}
+    for branch in (*_inner_tensors(model, names, target), *(residual | read).values()):
         shared.join(list(_sources(branch)))
     tensors = shared.tuples()
     signed = {name for group in tensors if signed & set(group) for name in group}
     planned = {name for group in tensors for name in group}
-    readers = _other_readers(model, names, planned, None if target.outputs else set(sinks))
+    sinks = {*residual, *read, *_readers_of_sums(model, residual)}
+    readers = _other_readers(model, names, planned, None if target.outputs else sinks)
     return Placement(names, kept, tensors, frozenset(signed), readers)
 
 
@@ -146,6 +151,14 @@ def _residual_uses(model: ir.Model, chosen: Collection[str]) -> dict[Use, ir.Val
     return found
 
 
+def _readers_of_sums(model: ir.Model, residual: Collection[Use]) -> Iterable[Use]:
+    """Who reads the sum of an INT8 layer and its other branch: a sum that is quantized leaves the layer in 8 bits only."""
+    sums = {name for name, _ in residual}
+    return [
+        (str(reader.name), index) for node in model.graph if node.name in sums for reader, index in node.outputs[0].uses()
+    ]
+
+
 def _read_uses(model: ir.Model, chosen: Collection[str], target: Target) -> dict[Use, ir.Value]:
     """(operator, 0) -> what an operator that reads INT8 gets of INT8 layers: of one, or of a sum of theirs, straight or through moves."""
     made: set[str | None] = set()
@@ -158,6 +171,12 @@ def _read_uses(model: ir.Model, chosen: Collection[str], target: Target) -> dict
         if value is not None and value.name in made:
             found[str(node.name), 0] = value
     return found
+
+
+def _is_rectified(value: ir.Value | None) -> bool:
+    """Whether a value is never below 0, so that its scale has no zero-point anyway."""
+    pieces, producer = pieces_of(value), _producer(value)
+    return all(map(_is_rectified, pieces)) if pieces else producer is not None and producer.op_type in RECTIFIED
 
 
 def _producer(value: ir.Value | None) -> ir.Node | None:

@@ -28,12 +28,13 @@ from ptq3d.int8 import Scale, dequantize, quantize, scale_of_range
 from ptq3d.quantization.observation import Observations, TensorSeen, widened
 from ptq3d.quantization.planning import Plan
 from ptq3d.quantization.rows import Gram, Matrix, matrix_of
-from ptq3d.quantization.targets import ACTIVATIONS
+from ptq3d.quantization.targets import ACTIVATIONS, VIEWS
 
 K = 16
 ROOM = 1.5  # the step may be coarse, so the range reaches further than what calibration saw
-COST = 0.12  # of the network's work, at most
+COST = 0.2  # of the network's work, at most
 NEEDED = 0.002  # of the network's whole noise; a layer with less gains nothing worth its price
+WORTH = 2.0  # a layer's share of the noise must be that many times the share of the work that mending it adds
 ENOUGH = 0.01**2  # noise of all layers that may remain: that of one whose output errs by 1 % of its standard deviation
 FLOAT_WORTH = (
     2.0  # floating point takes the noise of the weights away, too: it may cost this much more than a second term
@@ -41,11 +42,12 @@ FLOAT_WORTH = (
 WEIGHTS = 0.03  # of the network's INT8 weights that may be added in bytes, at most
 BYTES = 100_000  # besides: a small network is small enough
 FLOAT_SHARE = 0.05  # of the network's multiplications that may leave INT8 this way
-# work in INT8 multiplications, as measured in OpenVINO on a processor with VNNI
-WORK_PER_VALUE = 300  # a float32 value written, read and written again as two terms
-WORK_PER_FLOAT_VALUE = 100  # a value written and read as float32 where it was INT8
-WORK_PER_FLOAT_MAC = 2.6  # beyond the INT8 one
-LANES = 4  # input channels that INT8 instructions take at once
+# work in INT8 multiplications, as measured in OpenVINO on processors with VNNI
+WORK_PER_VALUE = 150  # an INT8 value written and read by an operator that does not multiply
+WORK_PER_TERMS = 500  # a float32 value written, read and written again as two terms
+WORK_PER_FLOAT_VALUE = 300  # a value written as float32 and read again where it was INT8
+WORK_PER_FLOAT_MAC = 4.5  # beyond the INT8 one
+LANES, OUTPUTS = 4, 16  # input and output channels that INT8 instructions take at once
 Floats = npt.NDArray[np.float32]
 
 
@@ -117,18 +119,28 @@ def _noise(node: ir.Node, gram: Gram, scale: Scale) -> float:
 
 def _prices(node: ir.Node, macs: int, *, is_image: bool) -> tuple[float, float]:
     """(of a second term, of floating point); an image is float32 already."""
-    shape = shape_of(node.inputs[0])
-    values = float(np.prod(shape))
-    before, after = (-(-channels // LANES) for channels in (shape[1], 2 * shape[1]))
-    split = macs * (after / before - 1) + WORK_PER_VALUE * values
+    values, channels = float(np.prod(shape_of(node.inputs[0]))), shape_of(node.inputs[0])[1]
+    full = macs * _padding(node.inputs[1])
+    split = full * (_up(2 * channels, LANES) / _up(channels, LANES) - 1) + WORK_PER_TERMS * values
     return split, macs * WORK_PER_FLOAT_MAC + (0 if is_image else WORK_PER_FLOAT_VALUE * values)
+
+
+def _up(number: int, step: int) -> int:
+    return -(-number // step) * step
+
+
+def _padding(weight: ir.Value | None) -> float:
+    """How much more a convolution multiplies where its channels do not fill the lanes."""
+    made, read = shape_of(weight)[:2]
+    return _up(read, LANES) / read * _up(made, OUTPUTS) / made
 
 
 def work(model: ir.Model) -> float:
     """What the network costs, in INT8 multiplications: its own, and the values that move."""
-    moved = [node for node in model.graph if node.op_type not in ACTIVATIONS]  # those run inside the layer before
+    moved = [node for node in model.graph if node.op_type not in ACTIVATIONS | VIEWS]  # those run inside the layer before
     values = sum(float(np.prod(shape_of(value))) for node in moved for value in node.outputs)
-    return sum(layer.macs for layer in layers(model)) + WORK_PER_VALUE * values
+    padding = {node.name: _padding(node.inputs[1]) for node in model.graph if node.op_type == "Conv"}
+    return sum(layer.macs * padding.get(layer.name, 1.0) for layer in layers(model)) + WORK_PER_VALUE * values
 
 
 def choose(found: Sequence[Noise], model: ir.Model, *, cost: float = COST, integers: int | None = None) -> Mended:
@@ -157,7 +169,8 @@ def choose(found: Sequence[Noise], model: ir.Model, *, cost: float = COST, integ
         leaves = floats.sum() < FLOAT_WORTH * two_terms.sum() and layer.macs <= float_left
         leaves = leaves and len(floating) + 1 < integers
         price = floats if leaves else two_terms
-        if (price > left).any() or remaining <= ENOUGH:
+        gain = layer.noise / sum(one.noise for one in found)
+        if (price > left).any() or remaining <= ENOUGH or gain < WORTH * price[0] * cost:
             continue
         remaining -= layer.noise
         (floating if leaves else split).append(layer)

@@ -11,6 +11,8 @@ from ptq3d.errors import OptionError
 MOVES = frozenset(
     {"MaxPool", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "DepthToSpace", "SpaceToDepth", "Identity"}
 )
+# of these, the ones that leave every value where it is
+VIEWS = frozenset({"Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity"})
 # functions of one value, which a kernel computes on its way out
 ACTIVATIONS = frozenset({"Relu", "LeakyRelu", "PRelu", "Elu", "Gelu", "Sigmoid", "Tanh", "Clip"})
 
@@ -30,6 +32,7 @@ class Target:
         residual: the other branch of an Add behind an INT8 layer is quantized too.
         reads: operators that read INT8 straight out of an INT8 layer, though they do not multiply; zero-point 0, since they take
             any shift of a channel away and OpenVINO does not know it.
+        unshifted: layers that run in INT8 only where what they read has zero-point 0.
         direct: layers must read a DequantizeLinear itself: concats and moves in front of them are quantized behind, too.
         channel_steps: QuantizeLinear may have a step for each channel where DequantizeLinear has one: channel scales are free.
         second_terms: a sensitive layer may read what its input's rounding leaves as further channels.
@@ -43,6 +46,7 @@ class Target:
     fused: frozenset[str] = frozenset()
     residual: bool = False
     reads: frozenset[str] = frozenset()
+    unshifted: frozenset[str] = frozenset()
     direct: bool = False
     channel_steps: bool = False
     second_terms: bool = False
@@ -56,8 +60,10 @@ TARGETS: Mapping[str, Target] = {
             frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"}),
             False,
             "x86 multiplies u8 activations with s8 weights (VNNI); concat and pooling stay in u8 where scales are equal; "
-            "a normalization reads INT8 faster, and turning its groups in float costs as much as a convolution",
+            "a normalization reads INT8 faster, and turning its groups in float costs as much as a convolution; a ConvTranspose "
+            "that reads a zero-point runs in float",
             reads=frozenset({"InstanceNormalization"}),
+            unshifted=frozenset({"ConvTranspose"}),
             channel_steps=True,
             second_terms=True,
         ),

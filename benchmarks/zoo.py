@@ -161,7 +161,7 @@ def body(onnx: Path, folder: Path) -> Path | None:
 
 
 def candidates(name: str, onnx: Path, scratch: Path, windows: list[np.ndarray], *, peers: bool) -> list[Candidate]:
-    """FP32, BF16, ours, NNCF's."""
+    """FP32, BF16, ours (FP32 and BF16 around INT8), NNCF's."""
     found: list[Candidate] = []
 
     def add(quantizer: str, make: Callable[[Path], str | None], *, may_fail: bool = False) -> None:
@@ -191,6 +191,7 @@ def candidates(name: str, onnx: Path, scratch: Path, windows: list[np.ndarray], 
     add("fp32", whole)
     found.append(Candidate("bf16", found[0].folder, 0.0, "bf16"))
     add("ptq3d", lambda folder: ours(onnx, folder, windows))
+    found.append(Candidate("ptq3d bf16", found[-1].folder, 0.0, "bf16", "BF16 around INT8"))
     if peers:
         add("nncf", lambda folder: nncf(onnx, folder, windows, transformer=name in TRANSFORMERS), may_fail=True)
         add("nncf body", nncf_body, may_fail=True)

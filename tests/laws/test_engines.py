@@ -103,7 +103,8 @@ def test_onnxruntime_runs_its_own_files_in_int8_where_it_has_kernels(open_engine
             for layer in inner:
                 assert layer.op == ("ConvTranspose" if layer.name.startswith("convt") else "QLinearConv")
         with open_engine("onnxruntime", quantized(fp32, "openvino")) as engine:
-            assert int8_mac_share(engine.layers()) < share
+            found = int8_mac_share(engine.layers())
+            assert found == share if network == "resized" else found < share  # both targets quantize its sum
 
 
 def test_layers_report_the_same_macs_everywhere(backend: str, open_engine: Open, tmp_path: Path) -> None:

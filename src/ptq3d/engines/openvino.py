@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ptq3d.engines.base import EngineOptions, EngineSpec, LayerReport, Precision, Windows, head_layer, require_windows
 from ptq3d.errors import EngineError, GraphError, OptionError, UnavailableError
+from ptq3d.graphs.constants import LEAST_BYTES
 from ptq3d.graphs.files import load_graph, save_graph
 from ptq3d.graphs.passes import simplify, unsigned_activations
 from ptq3d.head import ROWS, Classifier, Head, label_type, load_head
@@ -51,7 +52,8 @@ def build(onnx: Path, folder: Path) -> tuple[Path, ...]:
     """OpenVINO IR of an ONNX file: `model.xml` (graph) and `model.bin` (weights, INT8 ones as INT8).
 
     int8 activations around a concat become uint8 first, which is exact: OpenVINO 2026.4 can misread them as int8
-    (docs/foreign-qdq.md). Constants that are gathered stay gathered: OpenVINO would write them out.
+    (docs/foreign-qdq.md). Constants that are gathered stay gathered: OpenVINO would write them out. Large ones of which float16
+    holds every value are written as float16.
 
     Args:
         onnx: FP32 or Q/DQ.
@@ -72,6 +74,7 @@ def build(onnx: Path, folder: Path) -> tuple[Path, ...]:
         with _engine_errors(f"OpenVINO cannot convert {onnx}"):
             converted = openvino.convert_model(Path(scratch) / onnx.name)
             _inputs_as_constants(converted, tables)
+            _halve_constants(converted)
             openvino.save_model(converted, folder / ARTEFACT, compress_to_fp16=False)
     return folder / ARTEFACT, folder / "model.bin"
 
@@ -100,6 +103,23 @@ def _inputs_as_constants(model: Any, tables: Mapping[str, NDArray[np.generic]]) 
         for reader in parameter.output(0).get_target_inputs():
             reader.replace_source_output(fixed.output(0))
         model.remove_parameter(parameter)
+
+
+def _halve_constants(model: Any) -> None:
+    """Large float32 constants as float16 where that is exact, as it is after quantization."""
+    from openvino import opset13 as ops
+
+    for constant in model.get_ordered_ops():
+        if constant.get_type_name() != "Constant" or constant.get_element_type().to_string() != "f32":
+            continue
+        if constant.get_byte_size() < LEAST_BYTES:
+            continue
+        with np.errstate(over="ignore"):
+            half = constant.data.astype(np.float16)
+        if np.array_equal(half.astype(np.float32), constant.data):
+            full = ops.convert(ops.constant(half), "f32")
+            for reader in constant.output(0).get_target_inputs():
+                reader.replace_source_output(full.output(0))
 
 
 def open(folder: Path, options: EngineOptions) -> OpenVinoEngine:

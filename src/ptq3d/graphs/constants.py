@@ -8,6 +8,8 @@ import onnx_ir as ir
 
 from ptq3d.errors import GraphError
 
+LEAST_BYTES = 1 << 18  # a constant below a quarter of a MiB is small beside any network: nothing is done to shrink it
+
 
 def constant_of(value: ir.Value | None) -> npt.NDArray[np.float32]:
     """The float32 array of a constant.
@@ -46,3 +48,28 @@ def set_constant(model: ir.Model, node: ir.Node, index: int, array: npt.NDArray[
     if index >= len(node.inputs):
         node.resize_inputs(index + 1)
     node.replace_input_with(index, fresh)
+
+
+def round_added_constants(model: ir.Model) -> int:
+    """Round large float32 constants that are only added (position embeddings) to values that float16 holds, in place.
+
+    A relative error of at most 2^-11, eight times below that of 8 bits; half the bytes where an engine stores float16.
+
+    Returns:
+        How many were rounded; one with a value beyond float16's range is left alone.
+    """
+    rounded = 0
+    for value in model.graph.initializers.values():
+        tensor, readers = value.const_value, [reader.op_type for reader, _ in value.uses()]
+        if (
+            tensor is None
+            or tensor.dtype != ir.DataType.FLOAT
+            or tensor.nbytes < LEAST_BYTES
+            or set(readers) != {"Add"}
+        ):
+            continue
+        array = tensor.numpy()
+        if np.abs(array).max() < np.finfo(np.float16).max:
+            value.const_value = ir.tensor(array.astype(np.float16).astype(np.float32), name=value.name)
+            rounded += 1
+    return rounded

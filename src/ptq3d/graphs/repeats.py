@@ -12,9 +12,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ptq3d.graphs.constants import add_constant
-
-LEAST_BYTES = 1 << 18  # below a quarter of a MiB nothing is worth a node
+from ptq3d.graphs.constants import LEAST_BYTES, add_constant
 
 
 def share_repeats(model: ir.Model) -> int:

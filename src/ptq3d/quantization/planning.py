@@ -125,7 +125,7 @@ def place(model: ir.Model, target: Target, *, keep: Sequence[str] = ()) -> Place
     names = tuple(str(node.name) for node in chosen)
     read = _read_uses(model, names, target)
     signed.update(name for value in read.values() for name in _sources(value))
-    residual = _residual_uses(model, names) if target.residual else {}
+    residual = _residual_uses(model, names) if target.residual else _sum_uses(model, names, target)
     for branch in (*_inner_tensors(model, names, target), *(residual | read).values()):
         shared.join(list(_sources(branch)))
     tensors = shared.tuples()
@@ -151,11 +151,25 @@ def _residual_uses(model: ir.Model, chosen: Collection[str]) -> dict[Use, ir.Val
     return found
 
 
+def _sum_uses(model: ir.Model, chosen: Collection[str], target: Target) -> dict[Use, ir.Value]:
+    """(Add, input) -> what it reads there, for both inputs of an Add that an INT8 layer of `target.sums` can take in."""
+    found: dict[Use, ir.Value] = {}
+    for node in model.graph:
+        producers = [_producer(value) for value in node.inputs] if node.op_type == "Add" else []
+        made = [one for one in producers if one is not None and one.name in chosen and one.op_type in target.sums]
+        if made and all(value is not None and any(_sources(value)) for value in node.inputs):
+            found |= {(str(node.name), index): value for index, value in enumerate(node.inputs) if value is not None}
+    return found
+
+
 def _readers_of_sums(model: ir.Model, residual: Collection[Use]) -> Iterable[Use]:
-    """Who reads the sum of an INT8 layer and its other branch: a sum that is quantized leaves the layer in 8 bits only."""
+    """Who reads the sum of an INT8 layer and its other branch: it leaves the layer in 8 bits only."""
     sums = {name for name, _ in residual}
     return [
-        (str(reader.name), index) for node in model.graph if node.name in sums for reader, index in node.outputs[0].uses()
+        (str(reader.name), index)
+        for node in model.graph
+        if node.name in sums
+        for reader, index in node.outputs[0].uses()
     ]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from ptq3d.graphs.constants import round_added_constants
 from ptq3d.graphs.split_head import head_layer_of
 from ptq3d.quantization import equalization, planning, qdq, rounding, second_terms, smoothing
 from ptq3d.quantization.observation import Observations
@@ -98,6 +99,7 @@ def quantize_graph(model: ir.Model, seen: Observations, recipe: Recipe) -> Quant
         plan = planning.plan(model, placement, ranges, target, given=scales)
     if recipe.rounding == "gptq":
         rounding.round_weights(model, plan, seen.layers)
+    round_added_constants(model)
     share = planning.int8_mac_share(model, plan)
     split = tuple(layer.layer for layer in mended.split)
     return Quantized(qdq.write(model, plan), plan, kept, split, share)

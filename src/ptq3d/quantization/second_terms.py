@@ -137,7 +137,9 @@ def _padding(weight: ir.Value | None) -> float:
 
 def work(model: ir.Model) -> float:
     """What the network costs, in INT8 multiplications: its own, and the values that move."""
-    moved = [node for node in model.graph if node.op_type not in ACTIVATIONS | VIEWS]  # those run inside the layer before
+    moved = [
+        node for node in model.graph if node.op_type not in ACTIVATIONS | VIEWS
+    ]  # those run inside the layer before
     values = sum(float(np.prod(shape_of(value))) for node in moved for value in node.outputs)
     padding = {node.name: _padding(node.inputs[1]) for node in model.graph if node.op_type == "Conv"}
     return sum(layer.macs * padding.get(layer.name, 1.0) for layer in layers(model)) + WORK_PER_VALUE * values

@@ -32,6 +32,7 @@ class Target:
         residual: the other branch of an Add behind an INT8 layer is quantized too.
         reads: operators that read INT8 straight out of an INT8 layer, though they do not multiply; zero-point 0, since they take
             any shift of a channel away and OpenVINO does not know it.
+        sums: layers that an Add behind them runs inside of, where both its inputs are INT8; whoever reads the sum reads INT8, too.
         unshifted: layers that run in INT8 only where what they read has zero-point 0.
         direct: layers must read a DequantizeLinear itself: concats and moves in front of them are quantized behind, too.
         channel_steps: QuantizeLinear may have a step for each channel where DequantizeLinear has one: channel scales are free.
@@ -47,6 +48,7 @@ class Target:
     residual: bool = False
     reads: frozenset[str] = frozenset()
     unshifted: frozenset[str] = frozenset()
+    sums: frozenset[str] = frozenset()
     direct: bool = False
     channel_steps: bool = False
     second_terms: bool = False
@@ -61,9 +63,10 @@ TARGETS: Mapping[str, Target] = {
             False,
             "x86 multiplies u8 activations with s8 weights (VNNI); concat and pooling stay in u8 where scales are equal; "
             "a normalization reads INT8 faster, and turning its groups in float costs as much as a convolution; a ConvTranspose "
-            "that reads a zero-point runs in float",
+            "that reads a zero-point runs in float; an Add runs inside the convolution in front where both its inputs are INT8",
             reads=frozenset({"InstanceNormalization"}),
             unshifted=frozenset({"ConvTranspose"}),
+            sums=frozenset({"Conv"}),
             channel_steps=True,
             second_terms=True,
         ),

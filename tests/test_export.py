@@ -272,6 +272,40 @@ def test_bad_bundles_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert not (tmp_path / "n.onnx").exists()
 
 
+def test_a_window_off_the_stride_names_one_that_the_network_takes(
+    tmp_path: Path, rules: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_bundle(tmp_path / "b")
+    given = ["export", "--bundle", str(folder), "--output", str(tmp_path / "n.onnx"), "--window"]
+    assert main([*given, "18", "24", "15"]) == 2
+    said = sentence(capsys)
+    assert "multiples of 4" in said
+    assert not (tmp_path / "n.onnx").exists()
+    proposed = said.rsplit("--window ", 1)[1].rstrip(".\n").split()
+    assert main([*given, *proposed]) == 0
+    assert manifest_of(tmp_path / "n.onnx").window == (20, 24, 16)
+
+
+def test_a_network_of_one_window_is_said_to_be_one() -> None:
+    class Fixed(torch.nn.Conv3d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + torch.zeros(1, 1, 5, 7, 9)
+
+    with pytest.raises(GraphError, match=r"windows of \(5, 7, 8\).*Nor does it take cubes.*made for one window"):
+        export_network(Fixed(1, 2, 1), channels=1, window=(5, 7, 8))
+
+
+def test_a_window_that_fails_in_spite_of_the_stride_is_not_proposed_again() -> None:
+    class Small(torch.nn.Conv3d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if x.numel() > 1000:
+                raise RuntimeError("not enough memory")
+            return super().forward(x)
+
+    with pytest.raises(GraphError, match=r"not enough memory\. It takes cubes of 3 voxels, though: try another"):
+        export_network(Small(1, 2, 1), channels=1, window=(16, 16, 16))
+
+
 def test_a_network_with_several_answers_is_refused() -> None:
     class Deep(torch.nn.Conv3d):
         def forward(self, x: torch.Tensor) -> list[torch.Tensor]:  # type: ignore[override]

@@ -165,7 +165,7 @@ class CalibrateOptions(Common):
 class QuantizeOptions(SourceOptions):
     """Turn an FP32 ONNX file, or any other source of weights, into a Q/DQ ONNX file with INT8 weights.
 
-    A source that is no ONNX file is exported first, to <output>_fp32.onnx.
+    A source that is no ONNX file is exported first, beside the output: to NAME_fp32.onnx for NAME_int8.onnx.
     """
 
     output_path: Annotated[Path | None, arg(aliases=["--output"])] = None

@@ -30,6 +30,7 @@ from ptq3d.models.nnunet_folder import from_nnunet
 from ptq3d.models.nnunet_plans import layout_of
 from ptq3d.models.sources import load_network, read_checkpoint
 from ptq3d.volumes.preprocessing import Preprocessing
+from ptq3d.windows import window_starts
 
 State = dict[str, torch.Tensor]
 
@@ -155,6 +156,19 @@ def test_every_normalisation_of_every_channel(tmp_path: Path) -> None:
         ("masked_z_score", 0), ("z_score", 1), ("range", 2), ("standardize", 3), ("clip", 5), ("standardize", 5),
     ]  # fmt: skip
     assert Preprocessing.from_dict(json.loads(json.dumps(found.preprocessing.to_dict()))) == found.preprocessing
+
+
+def test_windows_that_are_not_nnunets_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """nnU-Net steps evenly, here by 14, where ptq3d steps by half a window and moves the last one back."""
+    steps = library("nnunetv2.inference.sliding_window_prediction").compute_steps_for_sliding_window
+    folder = write_results(tmp_path, {"0": ours(), "1": ours()})
+    with caplog.at_level("WARNING", "ptq3d"):
+        found = from_nnunet(folder)[0]
+    assert found.overlap is not None
+    assert steps((60,) * 3, (32,) * 3, found.overlap)[0] == [0, 14, 28]
+    assert sorted({start[0] for start in window_starts((60, 60, 60), (32, 32, 32), found.overlap)}) == [0, 16, 28]
+    (record,) = caplog.records
+    assert "spreads windows evenly" in record.message
 
 
 def test_folds_are_found_or_chosen(tmp_path: Path) -> None:

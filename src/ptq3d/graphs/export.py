@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 OPSET = 20
 TOLERANCE = 1e-3  # of the logits' range
 SAME_LABELS = 0.9999  # least share of equal labels
+STEPS = (1, 2, 4, 8, 16, 32)  # total strides to look for where a window does not fit
+UNFIT = (RuntimeError, ValueError, AssertionError, TypeError)  # what networks raise for a window that they cannot take
 TIE = 1e-5  # of the logits' range: nearer than float32 arithmetic in another order moves them
 
 
@@ -62,12 +64,11 @@ def export_network(
 
     example = torch.randn(1, channels, *window, generator=torch.Generator().manual_seed(seed))
     try:
-        with torch.inference_mode():
-            answer = _callable(network)(example)
-    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+        answer = _answer(network, example)
+    except UNFIT as error:
         raise GraphError(
-            f"the network does not take windows of {window} voxels with {channels} channels: {line_of(error, -1)}. "
-            "Most networks want a window divisible by their total stride (16 or 32)."
+            f"the network does not take windows of {window} voxels with {channels} channels: "
+            f"{line_of(error, -1).rstrip('.')}. {_fitting(network, channels, window)}"
         ) from error
     if not isinstance(answer, torch.Tensor):
         raise GraphError(
@@ -83,6 +84,31 @@ def export_network(
         path = Path(scratch) / "network.onnx"
         _torch_export(network, example, path)
         return Export(simplify(load_graph(path)), example.numpy(), logits)
+
+
+def _answer(network: Module | ExportedProgram, example: Tensor) -> object:
+    import torch
+
+    with torch.inference_mode():
+        return _callable(network)(example)
+
+
+def _fitting(network: Module | ExportedProgram, channels: int, window: tuple[int, int, int]) -> str:
+    """Which windows a network takes, found by trying: three times a step is halved exactly as often as the step is."""
+    import torch
+
+    for step in STEPS:
+        try:
+            answer = _answer(network, torch.zeros(1, channels, *(3 * step,) * 3))
+        except UNFIT:
+            continue
+        if isinstance(answer, torch.Tensor) and answer.shape[2:] == (3 * step,) * 3:
+            fitting = tuple(-(-max(side, 1) // step) * step for side in window)
+            if fitting == tuple(window):
+                return f"It takes cubes of {3 * step} voxels, though: try another --window."
+            return f"It takes sides that are multiples of {step}: try --window {' '.join(map(str, fitting))}."
+    tried = ", ".join(str(3 * step) for step in STEPS)
+    return f"Nor does it take cubes of {tried} voxels: it may be made for one window only, or for other channels."
 
 
 def _callable(network: Module | ExportedProgram) -> Callable[[Tensor], object]:

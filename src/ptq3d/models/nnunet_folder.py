@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from ptq3d.models.nnunet import NnUNet, without_repeats
 from ptq3d.models.nnunet_plans import channels_of, find_configuration, labels_of, layout_of, preprocessing_of, window_of
 from ptq3d.models.pretrained import Pretrained
 from ptq3d.models.sources import check_fit, read_checkpoint, weights_of
+
+log = logging.getLogger("ptq3d")
 
 PLANS, DATASET = "plans.json", "dataset.json"
 FOLD = "fold_"
@@ -36,7 +39,7 @@ def from_nnunet(
     configuration: str | None = None,
     checkpoint: str = "checkpoint_final.pth",
 ) -> tuple[Pretrained, ...]:
-    """The networks of a folder of nnU-Net's results, one a fold; several are an ensemble.
+    """The networks of a folder of nnU-Net's results, one a fold; several are an ensemble. What ptq3d does otherwise is a warning.
 
     Args:
         folder: `<trainer>__<plans>__<configuration>` with plans.json, dataset.json and fold_x, or a folder around just one.
@@ -52,7 +55,13 @@ def from_nnunet(
     """
     found = _results_folder(Path(folder), configuration)
     results = _Results(found, _json(found / PLANS), _json(found / DATASET), configuration or _named(found))
-    return tuple(_pretrained(results, path) for path in _checkpoints(found, folds, checkpoint))
+    networks = tuple(_pretrained(results, path) for path in _checkpoints(found, folds, checkpoint))
+    log.warning(
+        "%s: nnU-Net spreads windows evenly over a volume and weighs them by a Gaussian of its own; ptq3d places and weighs them "
+        "as MONAI does. Labels where windows disagree can differ.",
+        found,
+    )
+    return networks
 
 
 def _results_folder(folder: Path, configuration: str | None) -> Path:

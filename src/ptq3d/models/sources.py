@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ptq3d.errors import CheckpointError, FileError, OptionError
+from ptq3d.errors import CheckpointError, FileError, OptionError, line_of
 from ptq3d.models import build_network, find_architecture
 from ptq3d.models.pretrained import Pretrained
 from ptq3d.volumes.preprocessing import Preprocessing
@@ -176,7 +176,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         raise CheckpointError(
-            f"{path}: not a readable checkpoint ({error}). It may be truncated; copy it again."
+            f"{path}: not a readable checkpoint ({line_of(error).split('. ')[0]}). It may be truncated; copy it again."
         ) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: a dict of weights is wanted, the file holds a {type(content).__name__}.")

@@ -1,7 +1,8 @@
-"""Windows and blending are MONAI's sliding window inference."""
+"""Windows and blending are MONAI's sliding window inference, or nnU-Net's."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -16,7 +17,7 @@ from monai.inferers.utils import _get_scan_interval
 from torch import Tensor
 
 from ptq3d.errors import OptionError, ShapeError
-from ptq3d.windows import Windowing, blend, gaussian_importance, slabs, window_starts
+from ptq3d.windows import Windowing, blend, even_starts, gaussian_importance, nnunet_importance, slabs, window_starts
 
 Size = tuple[int, int, int]
 OVERLAPS = st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.625, 0.75, 0.9]) | st.floats(0, 0.95)
@@ -61,19 +62,42 @@ def test_importance_is_monais(window: Size) -> None:
     torch.testing.assert_close(gaussian_importance(window), theirs, rtol=0, atol=1e-7)
 
 
+@settings(deadline=None)
+@given(sizes(1, 60), sizes(2, 24), st.sampled_from([0.5, 0.25, 0.75]))
+def test_even_starts_are_nnunets(shape: Size, window: Size, overlap: float) -> None:
+    module = pytest.importorskip("nnunetv2.inference.sliding_window_prediction")
+    padded = tuple(max(size, width) for size, width in zip(shape, window, strict=True))
+    steps = module.compute_steps_for_sliding_window(padded, window, 1 - overlap)
+    assert even_starts(shape, window, overlap) == list(itertools.product(*steps))
+
+
+@settings(max_examples=30, deadline=None)
+@given(sizes(2, 40))
+def test_nnunets_importance_is_nnunets(window: Size) -> None:
+    module = pytest.importorskip("nnunetv2.inference.sliding_window_prediction")
+    theirs = module.compute_gaussian(window, 1 / 8, 1, torch.float32, torch.device("cpu"))
+    torch.testing.assert_close(nnunet_importance(window), theirs, rtol=1e-5, atol=1e-7)
+
+
 @settings(max_examples=100, deadline=None)
-@given(sizes(1, 20), sizes(3, 12), OVERLAPS, st.integers(1, 2), st.integers(0, 2), st.sampled_from([0.0, -1.5]))
+@given(
+    sizes(1, 20),
+    sizes(3, 12),
+    OVERLAPS,
+    st.integers(1, 2),
+    st.integers(0, 2),
+    st.sampled_from([0.0, -1.5]),
+    st.sampled_from(["gaussian", "constant"]),
+)
 def test_blending_is_monais(
-    shape: Size, window: Size, overlap: float, channels: int, axis: int, outside: float
+    shape: Size, window: Size, overlap: float, channels: int, axis: int, outside: float, mode: str
 ) -> None:
     if len(window_starts(shape, window, overlap)) > 500:
         overlap = 0.5
     image = torch.from_numpy(np.random.default_rng(1).normal(size=(channels, *shape)).astype(np.float32))
     network = Convolution(channels)
-    ours = blend(image, network.stream, Windowing(window, overlap, outside, axis))
-    theirs = sliding_window_inference(image[None], window, 1, network, overlap=overlap, mode="gaussian", cval=outside)[
-        0
-    ]
+    ours = blend(image, network.stream, Windowing(window, overlap, outside, axis, blending=mode))
+    theirs = sliding_window_inference(image[None], window, 1, network, overlap=overlap, mode=mode, cval=outside)[0]
     # to the bit where windows come in MONAI's order; another order adds in another order
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0 if axis == 0 else 1e-4)
 
@@ -196,7 +220,14 @@ def test_what_is_no_image_is_refused(image: Tensor) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"overlap": 1.0}, {"overlap": -0.1}, {"overlap": float("nan")}, {"window": (4, 0, 4)}, {"window": (4, 4)}],
+    [
+        {"overlap": 1.0},
+        {"overlap": -0.1},
+        {"overlap": float("nan")},
+        {"window": (4, 0, 4)},
+        {"window": (4, 4)},
+        {"blending": "x"},
+    ],
 )
 def test_options_without_meaning_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(OptionError):

@@ -221,6 +221,7 @@ def _exported(found: Pretrained, options: ExportOptions, output: Path) -> Writte
         window=window,
         preprocessing=prepared,
         overlap=0.5 if found.overlap is None else found.overlap,
+        blending=found.blending,
         network=found.name,
         source={file.name: sha256(file) for file in found.files},
     )

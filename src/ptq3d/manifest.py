@@ -34,6 +34,7 @@ class Manifest:
         labels: class names, index = class, 0 is background.
         window: (X, Y, Z) in voxels of the preprocessed grid.
         overlap: of neighbouring windows, 0..1.
+        blending: how windows are placed and weighed, one of `ptq3d.windows.BLENDINGS`.
         network: name of the architecture, "onnx" for a foreign file.
         quantization: recipe, calibration cases and layer precisions; empty for FP32.
         source: where it came from: file name -> SHA-256.
@@ -44,6 +45,7 @@ class Manifest:
     window: tuple[int, int, int]
     preprocessing: Preprocessing | None = None
     overlap: float = 0.5
+    blending: str = "gaussian"
     network: str = "onnx"
     quantization: Mapping[str, Any] = field(default_factory=dict)
     source: Mapping[str, str] = field(default_factory=dict)

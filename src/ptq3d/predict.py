@@ -92,7 +92,7 @@ def windowing_of(shape: Shape, spec: EngineSpec, manifest: Manifest, *, outside:
     from ptq3d.windows import Windowing
 
     axis = max(range(3), key=lambda one: (shape[one] / spec.window[one], -one))
-    return Windowing(spec.window, manifest.overlap, outside, axis, skip_empty)
+    return Windowing(spec.window, manifest.overlap, outside, axis, skip_empty, manifest.blending)
 
 
 def predict_labels(

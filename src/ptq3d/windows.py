@@ -1,16 +1,18 @@
 """Cover a volume with overlapping windows and blend what a network says of each, slab by slab.
 
-Equal to MONAI's `sliding_window_inference(mode="gaussian", sigma_scale=0.125, padding_mode="constant")`. Windows are visited
-along one axis, so that planes which no later window sees leave at once: what is held is one window thick.
+Equal to MONAI's `sliding_window_inference(sigma_scale=0.125, padding_mode="constant")` in both its modes, or to nnU-Net's
+predictor. Windows are visited along one axis, so that planes which no later window sees leave at once: what is held is one window thick.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +25,7 @@ Box: TypeAlias = tuple[slice, slice, slice]
 
 SIGMA = 0.125  # standard deviation of the Gaussian, share of the window's size
 SMALLEST_IMPORTANCE = 1e-3
+BLENDINGS = ("gaussian", "constant", "nnunet")
 ANSWERS = (torch.float32, torch.uint8, torch.int8)
 
 
@@ -42,6 +45,31 @@ def window_starts(shape: Size, window: Size, overlap: float) -> list[Size]:
     require_windowing(window, overlap)
     xs, ys, zs = (_starts(max(size, width), width, overlap) for size, width in zip(shape, window, strict=True))
     return list(itertools.product(xs, ys, zs))
+
+
+def even_starts(shape: Size, window: Size, overlap: float) -> list[Size]:
+    """First voxels of windows spread evenly over a volume, as few as overlap at least so much; the last axis running fastest.
+
+    Args:
+        shape: see `window_starts`.
+        window: see `window_starts`.
+        overlap: see `window_starts`.
+
+    Raises:
+        OptionError: see `window_starts`.
+
+    Source: equal to nnU-Net compute_steps_for_sliding_window with tile_step_size = 1 - overlap.
+    """
+    require_windowing(window, overlap)
+    xs, ys, zs = (
+        _even(max(size, width) - width, width * (1 - overlap)) for size, width in zip(shape, window, strict=True)
+    )
+    return list(itertools.product(xs, ys, zs))
+
+
+def _even(last: int, step: float) -> list[int]:
+    number = math.ceil(last / step)
+    return [round(last / number * index) for index in range(number + 1)] if number else [0]
 
 
 def require_windowing(window: Size, overlap: float) -> None:
@@ -86,6 +114,32 @@ def _gaussian(width: int) -> Tensor:
     return torch.exp(places**2 / (-2.0 * (SIGMA * width) ** 2))
 
 
+def nnunet_importance(window: Size) -> Tensor:
+    """nnU-Net's weight of each voxel of a window: a Gaussian around voxel n // 2, cut at 4 standard deviations, at most 1.
+
+    Args:
+        window: (X, Y, Z) in voxels.
+
+    Returns:
+        (X, Y, Z) float32; where the Gaussian is cut, its smallest value elsewhere.
+
+    Source: equal to nnU-Net compute_gaussian(sigma_scale=1/8) up to its factor; it rounds to float16.
+    """
+    from scipy.ndimage import gaussian_filter1d
+
+    sides = [gaussian_filter1d(np.eye(width)[width // 2], SIGMA * width, mode="constant") for width in window]
+    x, y, z = (torch.from_numpy(side / side.max()) for side in sides)
+    importance = x[:, None, None] * y[:, None] * z
+    return importance.clamp_(min=float(importance[importance > 0].min())).float()
+
+
+def importance_of(window: Size, blending: str) -> Tensor:
+    """(X, Y, Z) float32 weights of the voxels of a window, by the name of a blending."""
+    if blending == "constant":
+        return torch.ones(window)
+    return nnunet_importance(window) if blending == "nnunet" else gaussian_importance(window)
+
+
 @dataclass(frozen=True)
 class Slab:
     """Finished planes: everything along two axes, a few places along the third.
@@ -114,9 +168,10 @@ class Windowing:
         outside: value around volumes smaller than the window, in the unit of the image.
         axis: of X, Y, Z, along which windows are visited and planes leave.
         skip_empty: leave out windows of a single value, which hold only padding or air.
+        blending: "gaussian" and "constant" place and weigh windows as MONAI's modes of these names do, "nnunet" as nnU-Net does.
 
     Raises:
-        OptionError: see `window_starts`.
+        OptionError: see `window_starts`; an unknown blending.
     """
 
     window: Size
@@ -124,19 +179,23 @@ class Windowing:
     outside: float = 0.0
     axis: int = 0
     skip_empty: bool = False
+    blending: str = "gaussian"
 
     def __post_init__(self) -> None:
         require_windowing(self.window, self.overlap)
+        if self.blending not in BLENDINGS:
+            raise OptionError(f"no blending '{self.blending}'. Choose one of: {', '.join(BLENDINGS)}.")
 
     def starts(self, shape: Size) -> list[Size]:
         """First voxels of the windows on a volume, those along `axis` in order."""
-        return sorted(window_starts(shape, self.window, self.overlap), key=lambda start: start[self.axis])
+        place = even_starts if self.blending == "nnunet" else window_starts
+        return sorted(place(shape, self.window, self.overlap), key=lambda start: start[self.axis])
 
 
 def blend(
     image: Tensor, stream: Stream, windowing: Windowing, *, progress: Callable[[int, int], None] | None = None
 ) -> Tensor:
-    """The Gaussian-weighted mean of a network's answers over all windows that see a voxel.
+    """The weighted mean of a network's answers over all windows that see a voxel.
 
     answer(v) = sum_w importance(v - start_w) network(window_w)(v - start_w) / sum_w importance(v - start_w)
 
@@ -152,7 +211,8 @@ def blend(
     Raises:
         ShapeError: `image` is not (C, X, Y, Z) float32, or `stream` changes the shape of the windows.
 
-    Source: equal to MONAI sliding_window_inference, bit for bit along axis 0 where the network's answers are.
+    Source: equal to MONAI sliding_window_inference, bit for bit along axis 0 where the network's answers are; to nnU-Net's predictor
+        where it blends in float32.
     """
     whole = torch.empty(0)
     for slab in slabs(image, stream, windowing, progress=progress):
@@ -212,7 +272,7 @@ class _Blended:
 
     def __init__(self, shape: Size, windowing: Windowing, *, features: int, device: torch.device) -> None:
         self._axis, self._skipped = windowing.axis, windowing.skip_empty
-        self._importance = gaussian_importance(windowing.window).to(device)
+        self._importance = importance_of(windowing.window, windowing.blending).to(device)
         thick = list(shape)
         thick[self._axis] = windowing.window[self._axis] + 1
         self._sums = torch.zeros((*thick, features), device=device)

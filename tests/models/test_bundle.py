@@ -377,8 +377,9 @@ def test_differences_to_ptq3d_are_said(tmp_path: Path, caplog: pytest.LogCapture
         {"_target_": "KeepLargestConnectedComponentd", "keys": "pred"},
     ]
     with caplog.at_level(logging.WARNING, "ptq3d"):
-        from_bundle(write_bundle(tmp_path / "b", inference(inferer=inferer, postprocessing=steps)))
-    for said in ("'mode' constant", "'padding_mode' replicate", "KeepLargestConnectedComponentd"):
+        found = from_bundle(write_bundle(tmp_path / "b", inference(inferer=inferer, postprocessing=steps)))
+    assert found.blending == "constant"
+    for said in ("'padding_mode' replicate", "KeepLargestConnectedComponentd"):
         assert said in caplog.text
     caplog.clear()
     found = from_bundle(write_bundle(tmp_path / "c", inference(inferer={"_target_": "SimpleInferer"})))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,9 +32,10 @@ from ptq3d.models.nnunet_folder import from_nnunet
 from ptq3d.models.nnunet_plans import layout_of
 from ptq3d.models.sources import load_network, read_checkpoint
 from ptq3d.volumes.preprocessing import Preprocessing
-from ptq3d.windows import window_starts
+from ptq3d.windows import Size, Windowing, blend, even_starts, nnunet_importance
 
 State = dict[str, torch.Tensor]
+WINDOW = (16, 16, 16)
 
 
 def ours(seed: int = 0, **changes: Any) -> State:
@@ -158,17 +161,57 @@ def test_every_normalisation_of_every_channel(tmp_path: Path) -> None:
     assert Preprocessing.from_dict(json.loads(json.dumps(found.preprocessing.to_dict()))) == found.preprocessing
 
 
-def test_windows_that_are_not_nnunets_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """nnU-Net steps evenly, here by 14, where ptq3d steps by half a window and moves the last one back."""
-    steps = library("nnunetv2.inference.sliding_window_prediction").compute_steps_for_sliding_window
-    folder = write_results(tmp_path, {"0": ours(), "1": ours()})
+def test_windows_are_placed_as_nnunet_does_and_its_mirrors_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Mirroring costs eight times the work, so it is the user's to choose."""
     with caplog.at_level("WARNING", "ptq3d"):
-        found = from_nnunet(folder)[0]
-    assert found.overlap is not None
-    assert steps((60,) * 3, (32,) * 3, found.overlap)[0] == [0, 14, 28]
-    assert sorted({start[0] for start in window_starts((60, 60, 60), (32, 32, 32), found.overlap)}) == [0, 16, 28]
+        (found,) = from_nnunet(write_results(tmp_path, {"0": ours()}))
+    assert (found.blending, found.overlap) == ("nnunet", 0.5)
     (record,) = caplog.records
-    assert "spreads windows evenly" in record.message
+    assert "deploy with --tta xyz to do the same at 8 times the work" in record.message
+
+
+@pytest.mark.parametrize("shape", [(20, 37, 16), (16, 16, 16), (13, 33, 50)])
+@pytest.mark.parametrize("letters", ["", "xz"])
+def test_answers_are_those_of_nnunets_own_predictor(tmp_path: Path, shape: Size, letters: str) -> None:
+    """Windows, padding, Gaussian and mirrors; in corners its float16 weights and sums hold one or two bits."""
+    module = library("nnunetv2.inference.predict_from_raw_data")
+    (found,) = from_nnunet(write_results(tmp_path, {"0": ours()}))
+    network = found.network
+    assert isinstance(network, torch.nn.Module)
+    image = torch.randn(1, *shape, generator=torch.Generator().manual_seed(1))
+    theirs = module.nnUNetPredictor(device=torch.device("cpu"), use_mirroring=True, perform_everything_on_device=False)
+    theirs.network, theirs.allowed_mirroring_axes = network, tuple(map("xyz".index, letters)) or None
+    theirs.configuration_manager = SimpleNamespace(patch_size=WINDOW)
+    theirs.label_manager = SimpleNamespace(num_segmentation_heads=3)
+    wanted = theirs.predict_sliding_window_return_logits(image).float()
+    assert found.overlap is not None
+    windowing = Windowing(WINDOW, found.overlap, blending=found.blending)
+    answer = blend(image, lambda windows: (mirrored(network, window, letters) for window in windows), windowing)
+    clear = weights_of_windows(shape, found.overlap) >= 1e-3
+    assert clear.float().mean() > 0.4
+    assert (answer - wanted).abs().amax(0)[clear].max() <= 2e-3 * (wanted.max() - wanted.min())
+    assert (answer.argmax(0) == wanted.argmax(0))[clear].float().mean() >= 0.999
+
+
+def weights_of_windows(shape: Size, overlap: float) -> torch.Tensor:
+    """The sum of the weights of all windows, on every voxel of a volume."""
+    padded = [max(size, side) for size, side in zip(shape, WINDOW, strict=True)]
+    total = torch.zeros(padded)
+    for x, y, z in even_starts(shape, WINDOW, overlap):
+        total[x : x + WINDOW[0], y : y + WINDOW[1], z : z + WINDOW[2]] += nnunet_importance(WINDOW)
+    before = [(large - size) // 2 for large, size in zip(padded, shape, strict=True)]
+    x, y, z = (slice(first, first + size) for first, size in zip(before, shape, strict=True))
+    return total[x, y, z]
+
+
+def mirrored(network: torch.nn.Module, window: torch.Tensor, letters: str) -> torch.Tensor:
+    """The mean over mirror images, as `ptq3d.engines.joined` takes it."""
+    axes = ["xyz".index(letter) + 1 for letter in letters]
+    flips = [list(chosen) for size in range(len(axes) + 1) for chosen in combinations(axes, size)]
+    with torch.inference_mode():
+        return torch.stack([network(window.flip(flip)[None])[0].flip(flip) for flip in flips]).mean(0)
 
 
 def test_folds_are_found_or_chosen(tmp_path: Path) -> None:

@@ -109,6 +109,7 @@ def _read(folder: Path, name: str, preprocessing: Preprocessing | None, window: 
         labels=_labels(metadata, folder),
         preprocessing=preprocessing,
         overlap=sliding.overlap,
+        blending=sliding.blending,
     )
 
 

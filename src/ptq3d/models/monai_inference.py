@@ -19,6 +19,7 @@ LABELLING = ("Activationsd", "AsDiscreted", "Invertd", "SaveImaged", "EnsureType
 WHOLE = (None, "SimpleInferer", "monai.inferers.SimpleInferer")
 SLIDING = ("SlidingWindowInferer", "monai.inferers.SlidingWindowInferer")
 SIGMA = 0.125  # of `ptq3d.windows`, share of the window's size
+MODES = ("gaussian", "constant")
 DEFAULTS: Mapping[str, Any] = {
     "roi_size": None,
     "overlap": 0.25,
@@ -40,11 +41,13 @@ class Sliding:
         window: (X, Y, Z) voxels.
         overlap: of neighbouring windows, 0..1; None where the bundle has no sliding windows.
         outside: value around volumes smaller than a window, in preprocessed units.
+        blending: "gaussian" or "constant".
     """
 
     window: Window
     overlap: float | None = None
     outside: float = 0.0
+    blending: str = "gaussian"
 
 
 def sliding_of(config: Config, *, patch: Any, window: Window | None) -> Sliding:
@@ -80,17 +83,20 @@ def _sliding(config: Config, values: Mapping[str, Any], window: Window | None) -
         raise OptionError(f"{config.path}: the network takes the place of a window beside it ('with_coord').")
     if not isinstance(values["cval"], int | float):
         raise OptionError(f"{config.path}: 'cval' of the inferer is {values['cval']!r}, a number is wanted.")
+    if values["mode"] not in MODES:
+        raise OptionError(
+            f"{config.path}: 'mode' of the inferer is {values['mode']!r}; MONAI has {' and '.join(MODES)}."
+        )
     _warn(config, values)
     size = window or _roi(config, values["roi_size"])
-    return Sliding(size, _overlap(config, values["overlap"]), float(values["cval"]))
+    return Sliding(size, _overlap(config, values["overlap"]), float(values["cval"]), str(values["mode"]))
 
 
 def _warn(config: Config, values: Mapping[str, Any]) -> None:
-    if (values["mode"], values["sigma_scale"]) != ("gaussian", SIGMA):
+    if values["mode"] == "gaussian" and values["sigma_scale"] != SIGMA:
         log.warning(
-            "%s: windows are blended by 'mode' %s, 'sigma_scale' %s there; ptq3d blends by a Gaussian of %s.",
+            "%s: windows are blended by 'sigma_scale' %s there; ptq3d blends by a Gaussian of %s.",
             config.path,
-            values["mode"],
             values["sigma_scale"],
             SIGMA,
         )

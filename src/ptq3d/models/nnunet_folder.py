@@ -39,7 +39,7 @@ def from_nnunet(
     configuration: str | None = None,
     checkpoint: str = "checkpoint_final.pth",
 ) -> tuple[Pretrained, ...]:
-    """The networks of a folder of nnU-Net's results, one a fold; several are an ensemble. What ptq3d does otherwise is a warning.
+    """The networks of a folder of nnU-Net's results, one a fold; several are an ensemble.
 
     Args:
         folder: `<trainer>__<plans>__<configuration>` with plans.json, dataset.json and fold_x, or a folder around just one.
@@ -55,13 +55,7 @@ def from_nnunet(
     """
     found = _results_folder(Path(folder), configuration)
     results = _Results(found, _json(found / PLANS), _json(found / DATASET), configuration or _named(found))
-    networks = tuple(_pretrained(results, path) for path in _checkpoints(found, folds, checkpoint))
-    log.warning(
-        "%s: nnU-Net spreads windows evenly over a volume and weighs them by a Gaussian of its own; ptq3d places and weighs them "
-        "as MONAI does. Labels where windows disagree can differ.",
-        found,
-    )
-    return networks
+    return tuple(_pretrained(results, path) for path in _checkpoints(found, folds, checkpoint))
 
 
 def _results_folder(folder: Path, configuration: str | None) -> Path:
@@ -133,7 +127,22 @@ def _pretrained(results: _Results, path: Path) -> Pretrained:
     network.load_state_dict(state, strict=False)  # see `load_network`
     files = (path, where, results.folder / DATASET)
     kind = "nnunet_resenc" if layout.residual else "nnunet"
-    return Pretrained(network.eval(), kind, channels, files, window, labels, preprocessing, OVERLAP)
+    _tell_of_mirrors(content, path)
+    return Pretrained(network.eval(), kind, channels, files, window, labels, preprocessing, OVERLAP, "nnunet")
+
+
+def _tell_of_mirrors(content: Mapping[str, Any], path: Path) -> None:
+    """nnU-Net's predictor mirrors windows without being asked; here it is the user's choice, since it costs up to eight times."""
+    axes = content.get("inference_allowed_mirroring_axes")
+    if isinstance(axes, Sequence) and axes and all(axis in (0, 1, 2) for axis in axes):
+        letters = "".join("xyz"[axis] for axis in axes)
+        log.warning(
+            "%s: nnU-Net's predictor also averages over mirrored windows unless told otherwise; deploy with --tta %s to do the same "
+            "at %d times the work.",
+            path,
+            letters,
+            2 ** len(letters),
+        )
 
 
 def _configuration(results: _Results, content: Mapping[str, Any], path: Path) -> str:

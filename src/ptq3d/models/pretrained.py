@@ -27,6 +27,7 @@ class Pretrained:
         labels: names of the K classes, the background first.
         preprocessing: what its images go through.
         overlap: of neighbouring windows, 0..1.
+        blending: how windows are placed and weighed, see `Manifest`.
     """
 
     network: nn.Module | ExportedProgram
@@ -37,3 +38,4 @@ class Pretrained:
     labels: tuple[str, ...] | None = None
     preprocessing: Preprocessing | None = None
     overlap: float | None = None
+    blending: str = "gaussian"

@@ -11,20 +11,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
+from ptq3d.engines import get_backend
+from ptq3d.engines.base import EngineOptions
 from ptq3d.graphs import repeats
+from ptq3d.graphs.constants import round_added_constants
 from ptq3d.graphs.files import load_graph, save_graph
 from ptq3d.graphs.passes import simplify
 
 ort = pytest.importorskip("onnxruntime")
 
 
-def adding(path: Path, constant: np.ndarray, op: str = "Add") -> Path:
-    """image (1, 2, 3, 4, 5) + constant of a shape that broadcasts."""
+def adding(path: Path, constant: np.ndarray, op: str = "Add", shape: tuple[int, ...] = (1, 2, 3, 4, 5)) -> Path:
+    """image of a shape + constant of a shape that broadcasts."""
     graph = helper.make_graph(
         [helper.make_node(op, ["image", "constant"], ["y"], name="add")],
         "adding",
-        [helper.make_tensor_value_info("image", TensorProto.FLOAT, [1, 2, 3, 4, 5])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 2, 3, 4, 5])],
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)],
         [numpy_helper.from_array(constant, "constant")],
     )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
@@ -79,3 +82,34 @@ def test_other_constants_stay(op: str, tmp_path: Path, monkeypatch: pytest.Monke
         constant[:] = constant[:, :1, :1]
     model = load_graph(adding(tmp_path / "n.onnx", constant, op))
     assert repeats.share_repeats(model) == 0
+
+
+def test_openvinos_file_holds_the_different_values_once(tmp_path: Path) -> None:
+    """It folds a Gather of constants when it converts a graph, which would write the repeats out."""
+    openvino = get_backend("openvino")
+    random = np.random.default_rng(0)
+    different = random.normal(size=(1, 1, 4, 32, 32)).astype(np.float32)
+    mask = different[:, :, random.integers(0, 4, 64)]
+    path = adding(tmp_path / "n.onnx", mask, shape=mask.shape)
+    image = random.normal(size=mask.shape).astype(np.float32)
+    openvino.build(path, tmp_path / "engine")
+    assert (tmp_path / "engine/model.bin").stat().st_size < mask.nbytes / 10
+    with openvino.open(tmp_path / "engine", EngineOptions()) as engine:
+        assert np.array_equal(engine(image), image + mask)
+
+
+@pytest.mark.parametrize("largest", [1.0, 1e5])
+def test_large_added_constants_of_an_int8_file_are_float16_where_it_holds_them(tmp_path: Path, largest: float) -> None:
+    openvino = get_backend("openvino")
+    shape = (1, 1, 48, 48, 48)
+    constant = np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
+    constant[0, 0, 0, 0, 0] = largest
+    model = simplify(load_graph(adding(tmp_path / "n.onnx", constant, shape=shape)))
+    assert round_added_constants(model) == (largest < 65504)
+    save_graph(model, tmp_path / "rounded.onnx")
+    openvino.build(tmp_path / "rounded.onnx", tmp_path / "engine")
+    half = constant.nbytes / 2
+    assert ((tmp_path / "engine/model.bin").stat().st_size < 1.01 * half) == (largest < 65504)
+    with openvino.open(tmp_path / "engine", EngineOptions()) as engine:
+        found = engine(np.zeros(shape, np.float32))
+    assert np.abs(found - constant).max() <= (2.0**-11 if largest < 65504 else 0)

@@ -9,13 +9,15 @@ import onnx
 import pytest
 
 from networks import NETWORKS, Builder, windows
+from ptq3d.engines import get_backend
+from ptq3d.engines.base import EngineOptions, int8_mac_share
 from ptq3d.errors import CalibrationError, GraphError, OptionError
 from ptq3d.graphs.files import load_graph, save_graph
-from ptq3d.graphs.layers import layers
+from ptq3d.graphs.layers import layers, weight_value
 from ptq3d.graphs.passes import simplify
 from ptq3d.quantization import planning, qdq
 from ptq3d.quantization.targets import ACTIVATIONS, TARGETS
-from quantizing import observed, planned
+from quantizing import graph, observed, planned
 
 
 def write(path: Path, target: str = "openvino", keep: tuple[str, ...] = ()) -> tuple[planning.Plan, onnx.ModelProto]:
@@ -136,3 +138,35 @@ def test_triton_keeps_every_tensor_between_the_layers_in_int8(tmp_path: Path) ->
                 maker = makers.get(name)
                 moved = maker is not None and maker.op_type in ("Concat", "MaxPool")
                 assert maker is None or moved or maker.op_type == "DequantizeLinear" or node.op_type in ACTIVATIONS
+
+
+def upwards(path: Path, activation: str) -> Path:
+    b = Builder(9)
+    x = b.add(activation, b.conv("image", 1, 16, stride=2))
+    x = b.add("Relu", b.add("ConvTranspose", x, b.weight(16, 16, 2, 2, 2), b.weight(16), strides=[2, 2, 2]))
+    b.conv(x, 16, 3, kernel=1)
+    return b.save(path, "logits", 3)
+
+
+@pytest.mark.parametrize(("activation", "dtype"), [("LeakyRelu", "int8"), ("Elu", "int8"), ("Relu", "uint8")])
+def test_a_transposed_convolution_reads_no_zero_point(activation: str, dtype: str, tmp_path: Path) -> None:
+    """Openvino runs it in floating point otherwise; behind a Relu all 8 bits count upwards."""
+    plan, _ = write(upwards(tmp_path / "n.onnx", activation), "openvino")
+    scale = plan.activations[f"{activation.lower()}_1_out"]
+    assert (scale.dtype, int(scale.zero_point)) == (dtype, 0)
+    openvino = get_backend("openvino")
+    openvino.build(tmp_path / "q.onnx", tmp_path / "engine")
+    with openvino.open(tmp_path / "engine", EngineOptions()) as engine:
+        assert int8_mac_share(engine.layers()) == 1.0
+
+
+def test_products_of_activations_read_no_zero_points(tmp_path: Path) -> None:
+    model = graph(NETWORKS["attention"](tmp_path / "n.onnx"))
+    plan = planned(model)
+    products = [node for node in model.graph if node.op_type == "MatMul" and weight_value(node) is None]
+    assert len(products) == 2
+    scales = {
+        name: plan.activations[name] for node in products for value in node.inputs for name in planning._sources(value)
+    }
+    assert all(int(scale.zero_point) == 0 for scale in scales.values())
+    assert sorted(scale.dtype for scale in scales.values()) == ["int8", "int8", "int8", "uint8"]  # q, k, v; softmax

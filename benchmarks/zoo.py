@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import torch
 from fidelity import machine
 from sizes import CLASSES, SEED_MB, WINDOW
@@ -44,6 +45,7 @@ from ptq3d.manifest import read_beside
 from ptq3d.models import build_network
 from ptq3d.models.sources import load_network
 from ptq3d.quantization import calibration, planning, quantizer
+from ptq3d.quantization.observation import Observations
 from ptq3d.quantization.targets import get_target
 from ptq3d.volumes.files import load_image
 from ptq3d.volumes.preprocessing import Preprocessing
@@ -125,12 +127,16 @@ def exported(name: str, weights: Path | None, onnx: Path, real: np.ndarray) -> t
     return str(file) if known else "fresh, seed 0", told
 
 
-def ours(onnx: Path, folder: Path, windows: list[np.ndarray]) -> str:
-    """The artefact of our plain recipe; a note on what it left in floating point."""
+def observed(onnx: Path, windows: list[np.ndarray]) -> tuple[ir.Model, Observations]:
+    """The graph, and what calibration sees of it."""
     model = simplify(load_graph(onnx))
     placement = planning.place(model, get_target("openvino"))
-    seen = calibration.observe(model, placement, iter(windows), len(windows))
-    made = quantizer.quantize_graph(model, seen, quantizer.Recipe())
+    return model, calibration.observe(model, placement, iter(windows), len(windows))
+
+
+def ours(model: ir.Model, seen: Observations, folder: Path, recipe: quantizer.Recipe) -> str:
+    """The artefact of a recipe of ours; a note on what it did to single layers."""
+    made = quantizer.quantize_graph(model, seen, recipe)
     save_graph(made.model, folder / "int8.onnx")
     build_artefact(folder / "int8.onnx", folder / "engine", "openvino")
     return f"{len(made.split)} layers of two terms, {len(made.kept)} in floating point: {', '.join(made.kept)}"
@@ -161,7 +167,7 @@ def body(onnx: Path, folder: Path) -> Path | None:
 
 
 def candidates(name: str, onnx: Path, scratch: Path, windows: list[np.ndarray], *, peers: bool) -> list[Candidate]:
-    """FP32, BF16, ours (FP32 and BF16 around INT8), NNCF's."""
+    """FP32, BF16, ours (FP32 and BF16 around INT8; without second terms), NNCF's."""
     found: list[Candidate] = []
 
     def add(quantizer: str, make: Callable[[Path], str | None], *, may_fail: bool = False) -> None:
@@ -190,8 +196,15 @@ def candidates(name: str, onnx: Path, scratch: Path, windows: list[np.ndarray], 
 
     add("fp32", whole)
     found.append(Candidate("bf16", found[0].folder, 0.0, "bf16"))
-    add("ptq3d", lambda folder: ours(onnx, folder, windows))
+    start = time.perf_counter()
+    model, seen = observed(onnx, windows)
+    once = time.perf_counter() - start
+    add("ptq3d", lambda folder: ours(model, seen, folder, quantizer.Recipe()))
+    found[-1].seconds += once
     found.append(Candidate("ptq3d bf16", found[-1].folder, 0.0, "bf16", "BF16 around INT8"))
+    add("ptq3d lean", lambda folder: ours(model, seen, folder, quantizer.Recipe(second_terms=0)))
+    found[-1].seconds += once
+    del model, seen
     if peers:
         add("nncf", lambda folder: nncf(onnx, folder, windows, transformer=name in TRANSFORMERS), may_fail=True)
         add("nncf body", nncf_body, may_fail=True)

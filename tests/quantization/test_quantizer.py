@@ -42,6 +42,7 @@ WITHOUT = (
 def every_layer_is_worth_mending(monkeypatch: pytest.MonkeyPatch) -> None:
     """The small networks of the tests hardly need it."""
     monkeypatch.setattr(second_terms, "WORTH", 0.0)
+    monkeypatch.setattr(second_terms, "ENOUGH", 0.0)
 
 
 @cache

@@ -35,7 +35,9 @@ ROOM = 1.5  # the step may be coarse, so the range reaches further than what cal
 COST = 0.2  # of the network's work, at most
 NEEDED = 0.002  # of the network's whole noise; a layer with less gains nothing worth its price
 WORTH = 2.0  # a layer's share of the noise must be that many times the share of the work that mending it adds
-ENOUGH = 0.014**2  # noise of all layers that may remain: that of one whose output errs by 1.4 % of its standard deviation
+ENOUGH = (
+    0.014**2
+)  # noise of all layers that may remain: that of one whose output errs by 1.4 % of its standard deviation
 FLOAT_WORTH = (
     2.0  # floating point takes the noise of the weights away, too: it may cost this much more than a second term
 )

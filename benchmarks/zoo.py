@@ -194,17 +194,19 @@ def candidates(name: str, onnx: Path, scratch: Path, windows: list[np.ndarray], 
         graph = body(onnx, folder)
         return None if graph is None else nncf(graph, folder, windows, transformer=name in TRANSFORMERS)
 
+    def ours_of_two_recipes() -> None:
+        start = time.perf_counter()
+        model, seen = observed(onnx, windows)
+        once = time.perf_counter() - start
+        add("ptq3d", lambda folder: ours(model, seen, folder, quantizer.Recipe()))
+        found[-1].seconds += once
+        found.append(Candidate("ptq3d bf16", found[-1].folder, 0.0, "bf16", "BF16 around INT8"))
+        add("ptq3d lean", lambda folder: ours(model, seen, folder, quantizer.Recipe(second_terms=0)))
+        found[-1].seconds += once
+
     add("fp32", whole)
     found.append(Candidate("bf16", found[0].folder, 0.0, "bf16"))
-    start = time.perf_counter()
-    model, seen = observed(onnx, windows)
-    once = time.perf_counter() - start
-    add("ptq3d", lambda folder: ours(model, seen, folder, quantizer.Recipe()))
-    found[-1].seconds += once
-    found.append(Candidate("ptq3d bf16", found[-1].folder, 0.0, "bf16", "BF16 around INT8"))
-    add("ptq3d lean", lambda folder: ours(model, seen, folder, quantizer.Recipe(second_terms=0)))
-    found[-1].seconds += once
-    del model, seen
+    ours_of_two_recipes()
     if peers:
         add("nncf", lambda folder: nncf(onnx, folder, windows, transformer=name in TRANSFORMERS), may_fail=True)
         add("nncf body", nncf_body, may_fail=True)

@@ -11,7 +11,7 @@ import pytest
 
 from networks import NETWORKS, Builder, windows
 from ptq3d.errors import CalibrationError
-from ptq3d.quantization import equalization, planning, smoothing
+from ptq3d.quantization import calibration, equalization, planning, smoothing
 from ptq3d.quantization.calibration import observe, watch
 from ptq3d.quantization.observation import EDGES, NEAR, Observations, Observer, _Places
 from ptq3d.quantization.observers import RANGE_METHODS
@@ -168,3 +168,29 @@ def test_what_was_seen_scales_with_the_channels(network: str, tmp_path: Path) ->
         close(gram.some_rows(), other.some_rows())
         for moment, wanted in zip(gram.moments, other.moments, strict=True):
             close(moment, wanted)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("limit", [1, 40_000, 1 << 40])
+def test_a_large_network_is_seen_in_parts_that_add_up_to_the_whole(
+    network: str, limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Extremes, means and moments do not know how often the network ran; only the sampled positions are others."""
+    model = graph(NETWORKS[network](tmp_path / "n.onnx"))
+    placement = planning.place(model, TARGETS["openvino"])
+    monkeypatch.setattr(calibration, "OBSERVED", "fp32")  # what is fused differs, and with it where bfloat16 rounds
+    whole = calibration.observe(model, placement, iter(IMAGES), len(IMAGES))
+    observer = Observer(model, placement, len(IMAGES))
+    parts = observer.parts(limit)
+    assert sorted(name for part in parts for name in part.tensors) == sorted(observer.whole.tensors)
+    assert [name for part in parts for name in part.layers] == list(observer.whole.layers)
+    assert (len(parts) == 1) == (limit > 1 << 20)
+    monkeypatch.setattr(calibration, "AT_ONCE", limit)
+    seen = calibration.observe(model, placement, iter(IMAGES), len(IMAGES))
+    for name, tensor in whole.tensors.items():
+        np.testing.assert_allclose(seen.tensors[name].low, tensor.low, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(seen.tensors[name].high, tensor.high, rtol=1e-4, atol=1e-5)
+        assert seen.tensors[name].values.shape == tensor.values.shape
+    for name, gram in whole.layers.items():
+        assert seen.layers[name].number == gram.number
+        assert [block.shape for block in seen.layers[name].moments] == [block.shape for block in gram.moments]

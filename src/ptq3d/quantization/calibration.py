@@ -21,6 +21,7 @@ from ptq3d.quantization.observation import Observations, Observer
 from ptq3d.quantization.planning import Placement
 
 Window = npt.NDArray[np.float32]
+AT_ONCE = 2 << 30  # bytes of observed tensors; the runtime needs several times as much to hand them over
 OBSERVED: Precision = "bf16"  # ranges and moments need no more, and half the time where the processor has it
 
 
@@ -233,7 +234,9 @@ def watch(
 def observe(
     model: ir.Model, placement: Placement, windows: Iterable[Window], number: int, *, threads: int = 0, seed: int = 0
 ) -> Observations:
-    """What the tensors and layers of a placement hold over all windows: one pass, in memory that does not grow with them.
+    """What the tensors and layers of a placement hold over all windows, in memory that does not grow with them.
+
+    A network whose tensors take more than `AT_ONCE` bytes runs more than once, on windows that are kept in a file meanwhile.
 
     Args:
         model: the simplified FP32 graph.
@@ -247,6 +250,13 @@ def observe(
         CalibrationError: a window or a tensor holds NaN or infinite values, or there is no window.
     """
     observer = Observer(model, placement, number, seed=seed)
-    for values in watch(model, observer.tensors, windows, precision=OBSERVED, threads=threads):
-        observer.see(values)
+    parts = observer.parts(AT_ONCE)
+    with tempfile.TemporaryDirectory() as scratch:
+        kept = windows
+        if len(parts) > 1:
+            kept = CalibrationWindows(Path(scratch) / "windows.npz", number, {})
+            save_windows(kept.path, (window[0] for window in windows), number, {})
+        for part in parts:
+            for values in watch(model, observer.tensors_of(part), kept, precision=OBSERVED, threads=threads):
+                observer.see(values, part)
     return observer.finish()

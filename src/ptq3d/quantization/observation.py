@@ -1,4 +1,5 @@
-"""What calibration saw of a network, from one pass over the windows, in memory that does not grow with them.
+"""What calibration saw of a network, in memory that does not grow with the windows: from one pass over them, or from a few over
+parts of a large network.
 
 Of each tensor: the exact extremes of every channel, and its values at sampled positions. Of each weighted layer: moments of the
 rows that it multiplies, and a few of those rows. All later steps (channel scales, ranges, second terms, rounding) are computed
@@ -7,6 +8,7 @@ from this, so that no step needs another pass.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,7 +17,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from ptq3d.errors import CalibrationError
-from ptq3d.graphs.layers import WEIGHT_AXIS
+from ptq3d.graphs.layers import WEIGHT_AXIS, shape_of
 from ptq3d.quantization.observers import RANGE_METHODS, Range, Statistics
 from ptq3d.quantization.planning import Placement
 from ptq3d.quantization.rows import Gram, has_rows, pieces
@@ -87,6 +89,19 @@ class Observations:
         return ranges
 
 
+@dataclass(frozen=True)
+class Part:
+    """What is looked at in one run of the network.
+
+    Args:
+        tensors: whose values are kept.
+        layers: whose rows are.
+    """
+
+    tensors: tuple[str, ...] = ()
+    layers: tuple[str, ...] = ()
+
+
 class Observer:
     """Takes in the values of one window after the other.
 
@@ -106,27 +121,56 @@ class Observer:
         nodes = [node for node in model.graph if node.op_type in WEIGHT_AXIS and node.name in chosen and has_rows(node)]
         self._grams = {str(node.name): Gram.empty(node, self._windows) for node in nodes}
         self._seen: dict[str, list[TensorSeen]] = {name: [] for name in self._names}
+        made = [value for node in model.graph for value in node.outputs]
+        self._bytes = {str(value.name): 4 * math.prod(shape_of(value)) for value in made}
         self._features_last, self._channels_first = _features_last(model), _channels_first(model)
 
     @property
     def tensors(self) -> list[str]:
         """The names that `see` wants."""
-        sources = [name for gram in self._grams.values() for name in gram.sources]
-        return list(dict.fromkeys([*self._names, *sources, self._logits]))
+        return self.tensors_of(self.whole)
 
-    def see(self, values: Mapping[str, Floats]) -> None:
+    @property
+    def whole(self) -> Part:
+        """All there is to see."""
+        return Part(tuple(self._names), tuple(self._grams))
+
+    def tensors_of(self, part: Part) -> list[str]:
+        """The names that `see` wants for a part."""
+        sources = [name for layer in part.layers for name in self._grams[layer].sources]
+        return list(dict.fromkeys([*part.tensors, *sources, self._logits]))
+
+    def parts(self, limit: int) -> list[Part]:
+        """All there is to see in parts of at most `limit` bytes of tensors each, or of one layer or tensor where that is more."""
+        units = [Part(tuple(gram.sources), (layer,)) for layer, gram in self._grams.items()]
+        read = {name for unit in units for name in unit.tensors}
+        units += [Part((name,)) for name in self._names if name not in read]
+        found, taken = [Part()], set[str]()
+        for unit in units:
+            fresh = tuple(name for name in unit.tensors if name in self._seen and name not in taken)
+            taken.update(fresh)
+            joined = Part(found[-1].tensors + fresh, found[-1].layers + unit.layers)
+            size = sum(self._bytes.get(name, 0) for name in self.tensors_of(joined))
+            if size > limit and found[-1] != Part():
+                found.append(Part(fresh, unit.layers))
+            else:
+                found[-1] = joined
+        return found if len(found) > 1 else [self.whole]
+
+    def see(self, values: Mapping[str, Floats], part: Part | None = None) -> None:
         """Take in one window.
 
         Args:
             values: name -> (1, C, X, Y, Z) or any other shape, float32.
+            part: what to look at, one of `parts`; each window is shown once for each of them.
 
         Raises:
             CalibrationError: a tensor holds NaN or infinite values.
         """
-        places = _Places(values[self._logits], self._generator)
-        for name in self._names:
+        part, places = part or self.whole, _Places(values[self._logits], self._generator)
+        for name in part.tensors:
             self._seen[name].append(self._tensor(name, values[name], places))
-        for gram in self._grams.values():
+        for gram in (self._grams[layer] for layer in part.layers):
             gram.see([values[name] for name in gram.sources], places.draw)
 
     def _tensor(self, name: str, values: Floats, places: _Places) -> TensorSeen:

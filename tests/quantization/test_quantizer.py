@@ -18,6 +18,7 @@ from ptq3d.graphs.files import load_graph, save_graph
 from ptq3d.graphs.layers import layers
 from ptq3d.graphs.passes import is_quantized, simplify
 from ptq3d.int8 import quantize
+from ptq3d.options import QuantizeOptions
 from ptq3d.quantization import equalization, planning, qdq, second_terms
 from ptq3d.quantization.quantizer import Quantized, Recipe, quantize_graph
 from ptq3d.quantization.targets import TARGETS
@@ -224,3 +225,9 @@ def test_steps_for_channels_mean_the_same_everywhere(tmp_path: Path) -> None:
     np.testing.assert_allclose(sorted(float(scale.step) for scale in read.activations.values()), steps, rtol=1e-6)
     assert read.weights.keys() == plan.weights.keys()
     assert all(scale.equals(plan.weights[name]) for name, scale in read.weights.items())
+
+
+def test_the_command_line_and_the_library_mean_the_same_recipe() -> None:
+    options, recipe = QuantizeOptions(), Recipe()
+    for name in ("target", "calibration_method", "equalize", "second_terms", "rounding", "keep"):
+        assert getattr(options, name) == getattr(recipe, name), name

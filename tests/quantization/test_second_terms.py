@@ -46,12 +46,13 @@ def test_a_network_that_errs_little_is_left_alone(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_layer_that_buys_less_than_its_work_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the price allows: its share of the noise must be WORTH times its share of the work."""
+    """Though there is room for it: its share of the noise must be WORTH times its share of what may be spent."""
     model = example("unet")[0]
     found = [Noise("good", "a", 0.7, 1, 1, 0.1 * WORK, WORK), Noise("poor", "b", 0.3, 1, 1, 0.1 * WORK, WORK)]
-    for worth, split in ((0.0, ["good", "poor"]), (2.9, ["good", "poor"]), (3.1, ["good"]), (7.1, [])):
-        monkeypatch.setattr(second_terms, "WORTH", worth)
-        for cost in (0.25, 0.5):
+    both, good = ["good", "poor"], ["good"]
+    for cost, chosen in ((0.25, {0.7: both, 0.8: good, 1.8: []}), (0.5, {0.8: both, 1.4: both, 1.6: good, 3.6: []})):
+        for worth, split in chosen.items():
+            monkeypatch.setattr(second_terms, "WORTH", worth)
             assert [layer.layer for layer in second_terms.choose(found, model, cost=cost).split] == split
 
 

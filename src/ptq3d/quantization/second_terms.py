@@ -34,10 +34,10 @@ K = 16
 ROOM = 1.5  # the step may be coarse, so the range reaches further than what calibration saw
 COST = 0.2  # of the network's work, at most
 NEEDED = 0.002  # of the network's whole noise; a layer with less gains nothing worth its price
-WORTH = 2.0  # a layer's share of the noise must be that many times the share of the work that mending it adds
-ENOUGH = (
-    0.014**2
-)  # noise of all layers that may remain: that of one whose output errs by 1.4 % of its standard deviation
+WORTH = (
+    0.4  # a layer's share of the noise must be that many times the share that mending it takes of the work to be spent
+)
+ENOUGH = 0.01**2  # noise of all layers that may remain: that of one whose output errs by 1 % of its deviation
 FLOAT_WORTH = (
     2.0  # floating point takes the noise of the weights away, too: it may cost this much more than a second term
 )
@@ -174,7 +174,7 @@ def choose(found: Sequence[Noise], model: ir.Model, *, cost: float = COST, integ
         leaves = leaves and len(floating) + 1 < integers
         price = floats if leaves else two_terms
         gain = layer.noise / sum(one.noise for one in found)
-        if (price > left).any() or remaining <= ENOUGH or gain < WORTH * price[0] * cost:
+        if (price > left).any() or remaining <= ENOUGH or gain < WORTH * price[0]:
             continue
         remaining -= layer.noise
         (floating if leaves else split).append(layer)

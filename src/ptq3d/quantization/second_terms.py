@@ -162,19 +162,19 @@ def choose(found: Sequence[Noise], model: ir.Model, *, cost: float = COST, integ
     integers = len(found) if integers is None else integers
     if cost <= 0:
         return Mended()
-    least = NEEDED * sum(layer.noise for layer in found)
+    whole_noise = sum(layer.noise for layer in found)
+    least = NEEDED * whole_noise
     works, whole = cost * work(model), WEIGHTS * parameter_count(model) + BYTES
     options = [(layer, _spent(layer, works, whole)) for layer in found if layer.noise >= least]
     left, float_left = np.ones(2), FLOAT_SHARE * sum(layer.macs for layer in layers(model))
-    remaining = sum(layer.noise for layer in found)
+    remaining = whole_noise
     split: list[Noise] = []
     floating: list[Noise] = []
     for layer, (two_terms, floats) in sorted(options, key=lambda one: one[0].noise / min(one[1].sum(1)), reverse=True):
         leaves = floats.sum() < FLOAT_WORTH * two_terms.sum() and layer.macs <= float_left
         leaves = leaves and len(floating) + 1 < integers
         price = floats if leaves else two_terms
-        gain = layer.noise / sum(one.noise for one in found)
-        if (price > left).any() or remaining <= ENOUGH or gain < WORTH * price[0]:
+        if (price > left).any() or remaining <= ENOUGH or layer.noise < WORTH * price[0] * whole_noise:
             continue
         remaining -= layer.noise
         (floating if leaves else split).append(layer)

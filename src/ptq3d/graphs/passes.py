@@ -50,8 +50,8 @@ def simplify(model: ir.Model) -> ir.Model:
         ],
     )
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    infer_shapes(model)
     if not is_quantized(model):
+        infer_shapes(model)
         shorten_tokens(model)
     share_repeats(model)
     infer_shapes(model)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -166,6 +169,20 @@ def test_an_unknown_device_is_an_error_never_another_one(backend: str, open_engi
     onnx = NETWORKS["meshnet"](tmp_path / "meshnet.onnx")
     with pytest.raises(InputError, match=r"cuda:7|CUDA:7"):
         open_engine(backend, onnx, device="cuda:7")
+
+
+def test_building_starts_no_process_and_tells_nobody(
+    backend: str, open_engine: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def started(*_: object, **__: object) -> int:
+        calls.append("a process or a connection")
+        raise OSError
+
+    calls: list[str] = []
+    for module, name in ((os, "fork"), (subprocess, "Popen"), (socket, "create_connection")):
+        monkeypatch.setattr(module, name, started)
+    open_engine(backend, NETWORKS["unet"](tmp_path / "n.onnx"))
+    assert not calls
 
 
 def test_bf16_is_near_fp32_and_reported(open_engine: Open, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import sys
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,7 +26,8 @@ from ptq3d.graphs.files import load_graph, save_graph
 from ptq3d.graphs.passes import simplify, unsigned_activations
 from ptq3d.head import ROWS, Classifier, Head, label_type, load_head
 
-os.environ.setdefault("OPENVINO_TELEMETRY_OPT_OUT", "1")
+# `convert_model` forks to tell Intel of each build: no patient's network should, and a fork beside busy threads can hang
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 PRECISIONS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 REPORTED = {"u8": "int8", "i8": "int8", "f32": "fp32", "bf16": "bf16", "f16": "fp16"}
 ARTEFACT = "model.xml"
@@ -397,7 +399,7 @@ def tap(
         ).create_infer_request()
     for window in windows:
         with _engine_errors("OpenVINO failed while it calibrated the network"):
-            request.infer({0: np.ascontiguousarray(window)}, share_inputs=True)
+            request.infer({0: np.ascontiguousarray(window)}, share_inputs=True, share_outputs=True)
         yield {name: request.get_tensor(name).data for name in tensors}
 
 

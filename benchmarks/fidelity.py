@@ -35,8 +35,9 @@ from ptq3d.graphs.layers import layers
 from ptq3d.graphs.passes import simplify
 from ptq3d.memory import peak_memory_bytes
 from ptq3d.quantization import calibration, planning, quantizer
-from ptq3d.quantization.budget import Sensitivity, Trial, by_worth, keeping, search
+from ptq3d.quantization.budget import FewestTerms, Sensitivity, Trial, by_worth, keeping, search
 from ptq3d.quantization.targets import get_target
+from ptq3d.recipes import Engines, tried_of, with_fewest_terms
 from ptq3d.volumes.files import load_image
 from ptq3d.volumes.preprocessing import Preprocessing
 from ptq3d.volumes.resample import reorient
@@ -164,11 +165,27 @@ def phantoms(folder: Path) -> Subject:
 
 
 def ours(subject: Subject, folder: Path, recipe: quantizer.Recipe) -> Path:
-    """ptq3d, from the file to the engine."""
+    """ptq3d by one recipe, from the file to the engine."""
     model = simplify(load_graph(subject.onnx))
     made = quantizer.quantize_graph(model, observe(model, subject.calibration), recipe)
     save_graph(made.model, folder / "network.onnx")
     return built(folder / "network.onnx", folder / "engine")
+
+
+def plainly(subject: Subject, folder: Path) -> tuple[Path, str]:
+    """ptq3d's default, which chooses its second terms; also says which."""
+    with tempfile.TemporaryDirectory() as scratch:
+        model = simplify(load_graph(subject.onnx))
+        engines = Engines(model, observe(model, subject.calibration), "openvino", Path(scratch))
+        found = settled(engines, subject)
+        save_graph(engines.made(found.recipe).model, folder / "network.onnx")
+    return built(folder / "network.onnx", folder / "engine"), str(found)
+
+
+def settled(engines: Engines, subject: Subject) -> FewestTerms:
+    """The default recipe with the second terms that calibration windows call for."""
+    some = [subject.calibration[index] for index in tried_of(len(subject.calibration))]
+    return with_fewest_terms(engines, quantizer.Recipe(), some, subject.classes)
 
 
 def observe(model: object, windows: Sequence[np.ndarray]) -> object:
@@ -181,6 +198,7 @@ def budgeted(subject: Subject, folder: Path) -> tuple[Path, str]:
     """ptq3d within a budget on the validation windows; also says what it took."""
     model = simplify(load_graph(subject.onnx))
     seen = observe(model, subject.calibration)
+    engines = Engines(model, seen, "openvino", folder)
     exact = labels_of(built(subject.onnx, folder / "fp32"), dict(enumerate(subject.validation)))
     reference = np.stack(list(exact.values()))
     count = 0
@@ -188,14 +206,14 @@ def budgeted(subject: Subject, folder: Path) -> tuple[Path, str]:
     def judge(recipe: quantizer.Recipe) -> Trial:
         nonlocal count
         count += 1
-        save_graph(quantizer.quantize_graph(model, seen, recipe).model, folder / "network.onnx")
+        save_graph(engines.made(recipe).model, folder / "network.onnx")
         engine_folder = built(folder / "network.onnx", folder / f"trial{count}")
         found = labels_of(engine_folder, dict(enumerate(subject.validation)))
         with load_backend("openvino").open(engine_folder, EngineOptions()) as engine:
             share = int8_mac_share(engine.layers())
         return Trial(1 - fidelity(np.stack(list(found.values())), reference, subject.classes), share)
 
-    plain = quantizer.Recipe()
+    plain = settled(engines, subject).recipe
     macs = {layer.name: layer.macs for layer in layers(model)}
     alone = replace(plain, second_terms=0.0, rounding="nearest")
     measured = []
@@ -205,7 +223,7 @@ def budgeted(subject: Subject, folder: Path) -> tuple[Path, str]:
             only = keeping(alone, [other for other in names if other != name])
             measured.append(Sensitivity(name, macs[name], judge(only).disagreement))
     result = search(plain, by_worth(measured), judge, BUDGET)
-    save_graph(quantizer.quantize_graph(model, seen, result.recipe).model, folder / "network.onnx")
+    save_graph(engines.made(result.recipe).model, folder / "network.onnx")
     text = f"{'met' if result.met else 'NOT met'} on validation, {count} engines; second terms {result.recipe.second_terms}"
     return built(folder / "network.onnx", folder / "engine"), f"{text}; float {', '.join(result.recipe.keep) or 'none'}"
 
@@ -343,7 +361,7 @@ def run(subject: Subject, scratch: Path, *, budget: bool, recipes: Sequence[str]
     add("onnxruntime", "MinMax", lambda folder: onnxruntime(subject, folder, method="MinMax"))
     if subject.data != "whole_brain":  # it keeps every tensor of every window: 40 GB for MeshNet
         add("onnxruntime", "Percentile", lambda folder: onnxruntime(subject, folder, method="Percentile"))
-    add("ptq3d", "plain", lambda folder: ours(subject, folder, plain))
+    add("ptq3d", "plain", lambda folder: plainly(subject, folder))
     add("ptq3d", "no second terms", lambda folder: ours(subject, folder, replace(plain, second_terms=0.0)))
     nothing = quantizer.Recipe(equalize=False, second_terms=0.0, rounding="nearest")
     add("ptq3d", "ranges only", lambda folder: ours(subject, folder, nothing))

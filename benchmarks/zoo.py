@@ -26,7 +26,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 import torch
 from fidelity import machine
 from sizes import CLASSES, SEED_MB, WINDOW
@@ -44,9 +43,10 @@ from ptq3d.head import load_head, save_head
 from ptq3d.manifest import read_beside
 from ptq3d.models import build_network
 from ptq3d.models.sources import load_network
-from ptq3d.quantization import calibration, planning, quantizer
-from ptq3d.quantization.observation import Observations
+from ptq3d.quantization import calibration, planning
+from ptq3d.quantization.quantizer import Recipe
 from ptq3d.quantization.targets import get_target
+from ptq3d.recipes import Engines, tried_of, with_fewest_terms
 from ptq3d.volumes.files import load_image
 from ptq3d.volumes.preprocessing import Preprocessing
 
@@ -127,19 +127,17 @@ def exported(name: str, weights: Path | None, onnx: Path, real: np.ndarray) -> t
     return str(file) if known else "fresh, seed 0", told
 
 
-def observed(onnx: Path, windows: list[np.ndarray]) -> tuple[ir.Model, Observations]:
-    """The graph, and what calibration sees of it."""
+def ours(onnx: Path, folder: Path, windows: list[np.ndarray], classes: int) -> str:
+    """The artefact of the default recipe; a note on what it did to single layers."""
     model = simplify(load_graph(onnx))
     placement = planning.place(model, get_target("openvino"))
-    return model, calibration.observe(model, placement, iter(windows), len(windows))
-
-
-def ours(model: ir.Model, seen: Observations, folder: Path, recipe: quantizer.Recipe) -> str:
-    """The artefact of a recipe of ours; a note on what it did to single layers."""
-    made = quantizer.quantize_graph(model, seen, recipe)
+    seen = calibration.observe(model, placement, iter(windows), len(windows))
+    engines = Engines(model, seen, "openvino", folder)
+    found = with_fewest_terms(engines, Recipe(), [windows[index] for index in tried_of(len(windows))], classes)
+    made = engines.made(found.recipe)
     save_graph(made.model, folder / "int8.onnx")
     build_artefact(folder / "int8.onnx", folder / "engine", "openvino")
-    return f"{len(made.split)} layers of two terms, {len(made.kept)} in floating point: {', '.join(made.kept)}"
+    return f"{found}: {len(made.split)} layers of two terms, {len(made.kept)} in floating point: {', '.join(made.kept)}"
 
 
 def nncf(onnx: Path, folder: Path, windows: list[np.ndarray], *, transformer: bool) -> str:
@@ -167,7 +165,7 @@ def body(onnx: Path, folder: Path) -> Path | None:
 
 
 def candidates(name: str, onnx: Path, scratch: Path, windows: list[np.ndarray], *, peers: bool) -> list[Candidate]:
-    """FP32, BF16, ours (FP32 and BF16 around INT8; without second terms), NNCF's."""
+    """FP32, BF16, ours (FP32 and BF16 around INT8), NNCF's."""
     found: list[Candidate] = []
 
     def add(quantizer: str, make: Callable[[Path], str | None], *, may_fail: bool = False) -> None:
@@ -194,19 +192,10 @@ def candidates(name: str, onnx: Path, scratch: Path, windows: list[np.ndarray], 
         graph = body(onnx, folder)
         return None if graph is None else nncf(graph, folder, windows, transformer=name in TRANSFORMERS)
 
-    def ours_of_two_recipes() -> None:
-        start = time.perf_counter()
-        model, seen = observed(onnx, windows)
-        once = time.perf_counter() - start
-        add("ptq3d", lambda folder: ours(model, seen, folder, quantizer.Recipe()))
-        found[-1].seconds += once
-        found.append(Candidate("ptq3d bf16", found[-1].folder, 0.0, "bf16", "BF16 around INT8"))
-        add("ptq3d lean", lambda folder: ours(model, seen, folder, quantizer.Recipe(second_terms=0)))
-        found[-1].seconds += once
-
     add("fp32", whole)
     found.append(Candidate("bf16", found[0].folder, 0.0, "bf16"))
-    ours_of_two_recipes()
+    add("ptq3d", lambda folder: ours(onnx, folder, windows, CLASSES.get(name, 105)))
+    found.append(Candidate("ptq3d bf16", found[-1].folder, 0.0, "bf16", "BF16 around INT8"))
     if peers:
         add("nncf", lambda folder: nncf(onnx, folder, windows, transformer=name in TRANSFORMERS), may_fail=True)
         add("nncf body", nncf_body, may_fail=True)

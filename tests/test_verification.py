@@ -15,6 +15,7 @@ from ptq3d.graphs.files import load_graph
 from ptq3d.graphs.layers import layers
 from ptq3d.graphs.passes import simplify
 from ptq3d.manifest import embedded
+from ptq3d.quantization import budget, second_terms
 from ptq3d.quantization.qdq import integer_layers
 
 RULES = '[[intensity]]\nrule = "window"\nlow = 0.0\nhigh = 1.0\n'
@@ -54,6 +55,23 @@ def test_the_certificate_is_in_the_file_and_in_the_report(folder: Path) -> None:
     ranges = manifest.quantization["ranges"]
     assert {"image", "image/h"} & set(ranges)
     assert all(low <= 0 <= high for low, high in ranges.values())
+
+
+def test_second_terms_are_chosen_by_labels_unless_they_are_given(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WORTH", "ENOUGH"):  # else none of so small a network are worth their price
+        monkeypatch.setattr(second_terms, name, 0.0)
+    report = folder / "r.json"
+    assert quantize(folder) == 0
+    found = json.loads(report.read_text())
+    tried = {float(share): lost for share, lost in found["second_terms_tried"].items()}
+    assert set(tried) >= {second_terms.COST, 0.0}
+    assert tried[found["second_terms"]] <= budget.AS_GOOD * tried[second_terms.COST]
+    assert bool(found["two_term_layers"] or found["float_layers"]) == (found["second_terms"] > 0)
+    for share in ("0", "0.2"):
+        assert quantize(folder, "--second-terms", share) == 0
+        found = json.loads(report.read_text())
+        assert found["second_terms"] == float(share)
+        assert "second_terms_tried" not in found
 
 
 def test_a_budget_is_kept_on_whole_cases_or_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

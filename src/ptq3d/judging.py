@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ptq3d.datasets.folders import Case
 from ptq3d.datasets.label_map import LabelMap
 from ptq3d.deployment import true_classes
-from ptq3d.engines import BACKENDS, get_backend
-from ptq3d.engines.base import Engine, EngineOptions, int8_mac_share
+from ptq3d.engines.base import Engine, int8_mac_share
 from ptq3d.errors import OptionError
 from ptq3d.evaluation.certificate import certificate
 from ptq3d.evaluation.metrics import dice_per_class, fidelity, fidelity_per_class, mean_dice
-from ptq3d.graphs.files import save_graph, static_input_shape
+from ptq3d.graphs.files import static_input_shape
 from ptq3d.graphs.layers import layers
 from ptq3d.manifest import sha256
 from ptq3d.options import CaseOptions
@@ -29,14 +26,12 @@ from ptq3d.predict import predict_labels, prepared_case
 from ptq3d.progress import bar
 from ptq3d.quantization.budget import Sensitivity, Trial
 from ptq3d.quantization.calibration import draw_windows, shares
-from ptq3d.quantization.quantizer import Quantized, Recipe, quantize_graph
+from ptq3d.quantization.quantizer import Quantized, Recipe
 from ptq3d.quantizing import Calibrated
+from ptq3d.recipes import Engines
 from ptq3d.volumes.files import load_image
 from ptq3d.volumes.preprocessing import Preprocessing
 from ptq3d.volumes.volume import Volume
-
-if TYPE_CHECKING:
-    import onnx_ir as ir
 
 log = logging.getLogger("ptq3d")
 WINDOWS = 4  # of all validation cases together; whole cases are judged once, at the end
@@ -67,13 +62,11 @@ class Judge:
     def __init__(
         self, found: Calibrated, target: str, cases: Sequence[Case], label_map: LabelMap, scratch: Path
     ) -> None:
-        self._found, self._cases, self._label_map, self._scratch = found, cases, label_map, scratch
-        self.engine = target if target in BACKENDS else "onnxruntime"
-        self._own = self.engine == target
-        self._backend = get_backend(self.engine)
+        self._found, self._cases, self._label_map = found, cases, label_map
+        self.engines = Engines(found.model, found.seen, target, scratch)
+        self._own = self.engines.name == target
         if not self._own:
             log.warning("ptq3d has no engine for '%s'; its file is judged in ONNX Runtime.", target)
-        self._made: dict[Recipe, Quantized] = {}
         self._trials: dict[Recipe, Trial] = {}
         self.measured: tuple[Sensitivity, ...] = ()
         self._windows: tuple[_Window, ...] = ()
@@ -85,18 +78,7 @@ class Judge:
 
     def made(self, recipe: Recipe) -> Quantized:
         """The graph of a recipe."""
-        if recipe not in self._made:
-            self._made = {recipe: quantize_graph(self._found.model, self._found.seen, recipe)}
-        return self._made[recipe]
-
-    @contextmanager
-    def _engine(self, model: ir.Model) -> Iterator[Engine]:
-        with tempfile.TemporaryDirectory(dir=self._scratch) as name:
-            folder = Path(name)
-            save_graph(model, folder / "network.onnx")
-            self._backend.build(folder / "network.onnx", folder / "engine")
-            with self._backend.open(folder / "engine", EngineOptions()) as engine:
-                yield engine
+        return self.engines.made(recipe)
 
     def __call__(self, recipe: Recipe) -> Trial:
         """What a recipe is worth on the validation windows; its engine is built the first time."""
@@ -107,7 +89,7 @@ class Judge:
     def _trial(self, recipe: Recipe) -> Trial:
         if not self._windows:
             self._windows = tuple(self._reference_windows())
-        with self._engine(self.made(recipe).model) as engine:
+        with self.engines.of(recipe) as engine:
             found = [engine(window.values)[0].argmax(0) for window in self._windows]
             share = int8_mac_share(engine.layers()) if self._own else self.made(recipe).int8_mac_share
         return Trial(self._disagreement(found), share)
@@ -131,7 +113,7 @@ class Judge:
         prepared, window = preprocessing_of_cases(self._found), self._found.manifest.window
         generator = np.random.default_rng(0)
         cases = self._cases[:WINDOWS]
-        with self._engine(self._found.model.clone()) as engine:
+        with self.engines.of(None) as engine:
             for case, number in zip(cases, shares(WINDOWS, len(cases)), strict=True):
                 image = load_image(case.image)
                 prepared_image = prepared.apply(image)
@@ -152,19 +134,19 @@ class Judge:
         """Median time of a window with one recipe over that with another, measured in turn."""
         window = np.zeros((1, *static_input_shape(self._found.model)[1:]), np.float32)
         with (
-            self._engine(self.made(candidate).model) as one,
-            self._engine(self.made(current).model) as other,
+            self.engines.of(candidate) as one,
+            self.engines.of(current) as other,
         ):
             taken = [[_seconds(engine, window) for engine in (one, other)] for _ in range(ROUNDS + 1)][1:]
         return float(np.median([first / second for first, second in taken]))
 
-    def certify(self, made: Quantized, *, quiet: bool) -> dict[str, Any]:
+    def certify(self, recipe: Recipe, *, quiet: bool) -> dict[str, Any]:
         """Whole validation cases, FP32 and INT8: fidelity per class, the worst case, Dice where labels are given."""
         manifest, prepared = self._found.manifest, preprocessing_of_cases(self._found)
         kept, dice = [], []
         with (
-            self._engine(self._found.model.clone()) as exact,
-            self._engine(made.model) as engine,
+            self.engines.of(None) as exact,
+            self.engines.of(recipe) as engine,
             bar("Verify", quiet=quiet) as progress,
         ):
             for done, case in enumerate(self._cases, 1):
@@ -183,7 +165,7 @@ class Judge:
         evidence = certificate([case.name for case in self._cases], manifest.labels[1:], np.asarray(kept))
         evidence |= {
             "cases": {case.name: sha256(case.image) for case in self._cases},
-            "engine": self.engine,
+            "engine": self.engines.name,
             "built_int8_mac_share": share,
         }
         if dice:

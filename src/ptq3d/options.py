@@ -178,8 +178,9 @@ class QuantizeOptions(SourceOptions):
     """How the range of an activation is drawn from what was seen."""
     equalize: bool = True
     """Scale channels so that all use the 8 bits (exact in FP32; the scales go into the weights around)."""
-    second_terms: float = 0.2
-    """Share of the network's work that may be spent on its most sensitive layers: they read two 8-bit terms, or leave INT8."""
+    second_terms: float | None = None
+    """Share of the network's work that may be spent on its most sensitive layers: they read two 8-bit terms, or leave INT8.
+    Default: as little of 0.2 as keeps the labels of 4 calibration windows, measured on engines of 0.2, 0, 0.02 and 0.05."""
     rounding: Literal["nearest", "gptq"] = "gptq"
     """How weights are rounded: each to its nearest step, or so that the layer's output errs least (and its bias is corrected)."""
     target: str = "openvino"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from itertools import islice
@@ -21,10 +22,11 @@ from ptq3d.manifest import Manifest, embed, sha256
 from ptq3d.options import ExportOptions, QuantizeOptions, SourceOptions
 from ptq3d.pipeline import Written, case_windows
 from ptq3d.progress import Progress, bar
-from ptq3d.quantization import calibration, planning, qdq, retargeting
+from ptq3d.quantization import calibration, planning, qdq, retargeting, second_terms
 from ptq3d.quantization.observation import Observations
-from ptq3d.quantization.quantizer import Quantized, Recipe, quantize_graph
+from ptq3d.quantization.quantizer import Quantized, Recipe
 from ptq3d.quantization.targets import Target, get_target
+from ptq3d.recipes import Engines, tried_of, with_fewest_terms
 from ptq3d.version import __version__
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ class Calibrated:
         seen: what calibration saw.
         cases: calibration case -> SHA-256; empty where a file of windows was given.
         windows: how many were seen.
+        some: a few of them, (1, C, X, Y, Z) float32, that recipes can be tried on.
     """
 
     model: ir.Model
@@ -52,6 +55,7 @@ class Calibrated:
     seen: Observations
     cases: Mapping[str, str]
     windows: int
+    some: tuple[np.ndarray, ...] = ()
 
 
 def with_onnx(options: AnyQuantize) -> AnyQuantize:
@@ -98,9 +102,10 @@ def observed(options: QuantizeOptions) -> Calibrated:
     model, manifest = _prepared_graph(options)
     windows, cases, total = _windows_for(options, model, manifest)
     placement = planning.place(model, get_target(options.target))
+    some: list[np.ndarray] = []
     with bar("Calibrate", quiet=options.quiet) as progress:
-        seen = calibration.observe(model, placement, _counted(windows, total, progress), total)
-    return Calibrated(model, manifest, seen, cases, total)
+        seen = calibration.observe(model, placement, _counted(windows, total, progress, some), total)
+    return Calibrated(model, manifest, seen, cases, total, tuple(some))
 
 
 def quantize(options: QuantizeOptions) -> Written:
@@ -115,9 +120,23 @@ def quantize(options: QuantizeOptions) -> Written:
     options = with_onnx(options)
     if options.retarget is not None:
         return _retargeted(options, get_target(options.retarget))
-    recipe = recipe_of(options)
     found = observed(options)
-    return write_quantized(options, found, recipe, quantize_graph(found.model, found.seen, recipe))
+    with tempfile.TemporaryDirectory() as scratch:
+        engines = Engines(found.model, found.seen, options.target, Path(scratch))
+        recipe, evidence = settled(options, found, engines)
+        return write_quantized(options, found, recipe, engines.made(recipe), evidence)
+
+
+def settled(options: QuantizeOptions, found: Calibrated, engines: Engines) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe that the options describe, with second terms that calibration windows call for where none are asked for; what
+    was found out of them."""
+    start = recipe_of(options)
+    if options.second_terms is not None or not get_target(options.target).second_terms:
+        return start, {}
+    with bar("Second terms", quiet=options.quiet) as progress:
+        result = with_fewest_terms(engines, start, found.some, found.manifest.classes, progress=progress)
+    log.info("%s", result)
+    return result.recipe, {"second_terms_tried": dict(result.tried)}
 
 
 def write_quantized(
@@ -175,14 +194,20 @@ def recipe_of(options: QuantizeOptions) -> Recipe:
         target=options.target,
         calibration_method=options.calibration_method,
         equalize=options.equalize,
-        second_terms=options.second_terms,
+        second_terms=second_terms.COST if options.second_terms is None else options.second_terms,
         rounding=options.rounding,
         keep=tuple(options.keep),
     )
 
 
-def _counted(windows: Iterable[np.ndarray], total: int, progress: Progress) -> Iterator[np.ndarray]:
+def _counted(
+    windows: Iterable[np.ndarray], total: int, progress: Progress, some: list[np.ndarray]
+) -> Iterator[np.ndarray]:
+    """The windows; those that recipes are tried on go into `some`, too."""
+    wanted = tried_of(total)
     for done, window in enumerate(islice(windows, total), 1):
+        if done - 1 in wanted:
+            some.append(window)
         yield window
         progress(done, total)
 

@@ -21,7 +21,7 @@ from ptq3d.manifest import sha256, write_text
 from ptq3d.options import QuantizeOptions, SensitivityOptions
 from ptq3d.pipeline import Written
 from ptq3d.progress import bar
-from ptq3d.quantization.budget import Search, Sensitivity, by_worth, guard, keeping, kept_since, search
+from ptq3d.quantization.budget import TERMS, Search, Sensitivity, by_worth, guard, keeping, kept_since, search
 from ptq3d.quantization.quantizer import Quantized, Recipe
 from ptq3d.quantizing import (
     Calibrated,
@@ -29,6 +29,7 @@ from ptq3d.quantizing import (
     observed,
     output_of,
     recipe_of,
+    settled,
     with_onnx,
     write_quantized,
 )
@@ -54,11 +55,13 @@ def quantize(options: QuantizeOptions) -> Written:
         return quantize_plainly(options)
     cases = _cases(options)
     found = observed(options)
-    recipe, evidence, why = recipe_of(options), dict[str, Any](), dict[str, str]()
+    why = dict[str, str]()
     with _judge(options, found, cases) as judge:
+        start, evidence = settled(options, found, judge.engines)
+        recipe = start
         if options.guard:
             recipe, evidence["guard"] = _guarded(judge, recipe, quiet=options.quiet)
-            why |= dict.fromkeys(kept_since(recipe_of(options), recipe, judge.macs), "slower in INT8, says --guard")
+            why |= dict.fromkeys(kept_since(start, recipe, judge.macs), "slower in INT8, says --guard")
         if options.validation_data is None:
             made = judge.made(recipe)
         else:
@@ -78,7 +81,7 @@ def _judged(options: QuantizeOptions, judge: Judge, start: Recipe) -> tuple[Reci
         if target is not None:
             recipe, evidence["search"] = _within(options, judge, start, target)
         made = judge.made(recipe)
-        evidence |= judge.certify(made, quiet=options.quiet)
+        evidence |= judge.certify(recipe, quiet=options.quiet)
         lost = _lost(evidence["validation"])
         if options.budget is None or target is None or lost <= options.budget:
             return recipe, made, evidence
@@ -190,7 +193,8 @@ def _within(options: QuantizeOptions, judge: Judge, recipe: Recipe, budget: floa
         judge.measured = _sensitivities(judge, recipe, quiet=options.quiet)
     order = by_worth(judge.measured)
     with bar("Search", quiet=options.quiet) as progress:
-        result = search(recipe, order, _counting(judge, progress, len(order).bit_length() + 3), budget)
+        trial = _counting(judge, progress, len(order).bit_length() + 3)
+        result = search(recipe, order, trial, budget, terms=() if options.second_terms == 0 else TERMS)
     output = output_of(options)
     path = output.with_name(f"{output.stem}.sensitivity.json")
     write_text(path, json.dumps(_search_report(result, judge.measured, budget), indent=1) + "\n")

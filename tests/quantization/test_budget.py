@@ -6,7 +6,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptq3d.quantization.budget import Search, Sensitivity, Trial, by_worth, guard, keeping, kept_since, search
+from ptq3d.quantization.budget import (
+    AS_GOOD,
+    FEWER,
+    Search,
+    Sensitivity,
+    Trial,
+    by_worth,
+    fewest_terms,
+    guard,
+    keeping,
+    kept_since,
+    search,
+)
 from ptq3d.quantization.quantizer import Recipe
 
 NAMES = [f"layer{index}" for index in range(12)]
@@ -87,3 +99,26 @@ def test_a_layer_leaves_int8_only_where_the_engine_gets_faster() -> None:
     recipe, ratios = guard(Recipe(), {"thin": 1, "other": 2}, faster)
     assert recipe.keep == ("thin",)
     assert ratios == slow
+
+
+@given(st.lists(st.floats(0, 1), min_size=len(FEWER) + 1, max_size=len(FEWER) + 1), st.sampled_from([0.0, 0.03, 0.2]))
+def test_the_fewest_second_terms_that_are_about_as_good_are_taken(errors: list[float], most: float) -> None:
+    shares = [*FEWER, most]
+    worth = dict(zip(shares, errors, strict=True))
+    found = fewest_terms(Recipe(second_terms=most), lambda recipe: worth[recipe.second_terms])
+    good = [share for share in FEWER if share < most and worth[share] <= AS_GOOD * worth[most]]
+    assert found.recipe == Recipe(second_terms=min([*good, most]))
+    assert all(worth[share] == error for share, error in found.tried.items())
+
+
+def test_windows_that_say_nothing_leave_all_second_terms() -> None:
+    assert fewest_terms(Recipe(), lambda recipe: float("nan")).recipe == Recipe()
+
+
+def test_a_user_who_wants_no_second_terms_gets_none() -> None:
+    def judge(recipe: Recipe) -> Trial:
+        assert recipe.second_terms == 0
+        return Trial(0.1 / (1 + len(recipe.keep)), 1 - len(recipe.keep) / len(NAMES))
+
+    start = Recipe(second_terms=0)
+    assert search(start, NAMES, judge, 0.02, terms=()).recipe.second_terms == 0

@@ -14,6 +14,7 @@ import pytest
 
 from networks import NETWORKS, windows
 from ptq3d.engines import get_backend
+from ptq3d.errors import OptionError
 from ptq3d.graphs.files import load_graph, save_graph
 from ptq3d.graphs.layers import layers
 from ptq3d.graphs.passes import is_quantized, simplify
@@ -21,7 +22,9 @@ from ptq3d.int8 import quantize
 from ptq3d.options import QuantizeOptions
 from ptq3d.quantization import equalization, planning, qdq, second_terms
 from ptq3d.quantization.quantizer import Quantized, Recipe, quantize_graph
+from ptq3d.quantization.rounding import Rounded
 from ptq3d.quantization.targets import TARGETS
+from ptq3d.quantizing import recipe_of
 from quantizing import FAST, IMAGES, example, graph, observed_exactly, outputs, planned, run
 
 CASES = [
@@ -228,6 +231,24 @@ def test_steps_for_channels_mean_the_same_everywhere(tmp_path: Path) -> None:
 
 
 def test_the_command_line_and_the_library_mean_the_same_recipe() -> None:
-    options, recipe = QuantizeOptions(), Recipe()
-    for name in ("target", "calibration_method", "equalize", "second_terms", "rounding", "keep"):
-        assert getattr(options, name) == getattr(recipe, name), name
+    assert recipe_of(QuantizeOptions()) == Recipe()
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_weights_known_from_another_recipe_are_those_that_would_be_found(network: str) -> None:
+    """One store serves all recipes for a network: a layer whose grid or input differs is rounded anew."""
+    model, seen = example(network)
+    known = Rounded()
+    name = next(layer.name for layer in layers(model))
+    for recipe in (
+        Recipe(),
+        Recipe(second_terms=0),
+        Recipe(calibration_method="max"),
+        Recipe(equalize=False),
+        Recipe(keep=(name,)),
+    ):
+        try:
+            alone = quantize_graph(model, seen, recipe).model
+        except OptionError:  # the only layer of its network cannot leave INT8
+            continue
+        assert serialized(quantize_graph(model, seen, recipe, known).model) == serialized(alone)

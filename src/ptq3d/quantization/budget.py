@@ -14,7 +14,9 @@ from typing import Any
 from ptq3d.quantization.quantizer import Recipe
 from ptq3d.quantization.targets import get_target
 
-TERMS = (0.3, 0.6)  # second terms cost time but keep layers in INT8, so more of them are tried first
+TERMS = (0.2, 0.3, 0.6)  # second terms cost time but keep layers in INT8, so more of them are tried first
+FEWER = (0.0, 0.02, 0.05)  # second terms that are tried in place of the default, the fewest first
+AS_GOOD = 1.25  # they are enough where the labels disagree at most that many times as much
 FASTER = 0.98  # a layer leaves INT8 for speed if the engine then takes at most this much of its time
 
 
@@ -85,6 +87,42 @@ class Search:
 Judge = Callable[[Recipe], Trial]
 
 
+@dataclass(frozen=True)
+class FewestTerms:
+    """What `fewest_terms` found.
+
+    Args:
+        recipe: with the second terms that are worth their time.
+        tried: second terms -> disagreement; empty where there was nothing to choose.
+    """
+
+    recipe: Recipe
+    tried: Mapping[float, float]
+
+    def __str__(self) -> str:
+        """What was tried, and what came of it."""
+        tried = ", ".join(f"{terms:g}: {1 - lost:.4f}" for terms, lost in self.tried.items())
+        return f"second terms {self.recipe.second_terms:g} ({f'labels kept with {tried}' if tried else 'nothing to choose'})"
+
+
+def fewest_terms(start: Recipe, disagreement: Callable[[Recipe], float]) -> FewestTerms:
+    """The recipe with the fewest second terms that is about as good as `start`.
+
+    What a layer's noise does to the answer differs between networks by an order of magnitude, so it is asked of the answer.
+
+    Args:
+        start: with the most second terms that may be spent.
+        disagreement: 1 - fidelity of a recipe, NaN where the windows say nothing: then `start` stays.
+    """
+    tried = {start.second_terms: disagreement(start)}
+    for terms in (terms for terms in FEWER if terms < start.second_terms):
+        recipe = replace(start, second_terms=terms)
+        tried[terms] = disagreement(recipe)
+        if tried[terms] <= AS_GOOD * tried[start.second_terms]:
+            return FewestTerms(recipe, tried)
+    return FewestTerms(start, tried)
+
+
 def by_worth(found: Sequence[Sensitivity]) -> tuple[str, ...]:
     """Layers in the order in which they leave INT8: most squared disagreement for a multiplication first.
 
@@ -94,7 +132,9 @@ def by_worth(found: Sequence[Sensitivity]) -> tuple[str, ...]:
     return tuple(one.layer for one in ordered)
 
 
-def search(start: Recipe, order: Sequence[str], judge: Judge, budget: float) -> Search:
+def search(
+    start: Recipe, order: Sequence[str], judge: Judge, budget: float, *, terms: Sequence[float] = TERMS
+) -> Search:
     """The recipe that keeps the budget with the fewest layers in floating point.
 
     First more second terms, which leave the layers in INT8; then the shortest beginning of `order` that is enough, by bisection.
@@ -104,6 +144,7 @@ def search(start: Recipe, order: Sequence[str], judge: Judge, budget: float) -> 
         order: layers, from `by_worth`.
         judge: tells what a recipe is worth.
         budget: the largest disagreement that is accepted.
+        terms: second terms that may be tried where `start` is not enough; those that it has already are left out.
     """
     steps: list[Step] = []
 
@@ -114,10 +155,10 @@ def search(start: Recipe, order: Sequence[str], judge: Judge, budget: float) -> 
 
     if enough(start, (), "the plain recipe"):
         return Search(start, True, tuple(steps))
-    splits = get_target(start.target).second_terms and start.second_terms > 0
-    for terms in [terms for terms in TERMS if splits and terms > start.second_terms]:
-        if enough(replace(start, second_terms=terms), (), "more second terms"):
-            return Search(replace(start, second_terms=terms), True, tuple(steps))
+    more = [share for share in terms if share > start.second_terms and get_target(start.target).second_terms]
+    for share in more:
+        if enough(replace(start, second_terms=share), (), "more second terms"):
+            return Search(replace(start, second_terms=share), True, tuple(steps))
     best = min(steps, key=lambda step: step.trial.disagreement)
     recipe = replace(start, second_terms=best.second_terms)
     low, high = 0, max(len(order) - 1, 0)  # `low` layers are too few

@@ -21,7 +21,7 @@ from ptq3d.quantization.observation import Observations, Observer
 from ptq3d.quantization.planning import Placement
 
 Window = npt.NDArray[np.float32]
-AT_ONCE = 2 << 30  # bytes of observed tensors; the runtime needs several times as much to hand them over
+AT_ONCE = 3 << 30  # bytes of observed tensors; the runtime needs several times as much to hand them over
 OBSERVED: Precision = "bf16"  # ranges and moments need no more, and half the time where the processor has it
 
 

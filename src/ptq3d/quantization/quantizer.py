@@ -53,6 +53,7 @@ class Quantized:
         plan: that it was written from.
         kept: layers in floating point, with the reason.
         split: layers that read two terms.
+        mended: layers in floating point since 8 bits hurt them; `kept` has them, too.
         int8_mac_share: of the multiplications of this graph, 0..1, as planned.
     """
 
@@ -60,16 +61,20 @@ class Quantized:
     plan: planning.Plan
     kept: Mapping[str, str]
     split: tuple[str, ...]
+    mended: tuple[str, ...]
     int8_mac_share: float
 
 
-def quantize_graph(model: ir.Model, seen: Observations, recipe: Recipe) -> Quantized:
+def quantize_graph(
+    model: ir.Model, seen: Observations, recipe: Recipe, rounded: rounding.Rounded | None = None
+) -> Quantized:
     """`model` as a Q/DQ graph, by a recipe.
 
     Args:
         model: a simplified FP32 graph; it is left as it is.
         seen: what `calibration.observe` saw of it, without any `keep`.
         recipe: what to do.
+        rounded: weights known from other recipes for this network.
 
     Raises:
         OptionError: a pattern matches no layer, or no layer is left.
@@ -98,8 +103,8 @@ def quantize_graph(model: ir.Model, seen: Observations, recipe: Recipe) -> Quant
         placement = planning.place(model, target, keep=tuple(glob.escape(name) for name in kept))
         plan = planning.plan(model, placement, ranges, target, given=scales)
     if recipe.rounding == "gptq":
-        rounding.round_weights(model, plan, seen.layers)
+        rounding.round_weights(model, plan, seen.layers, rounded)
     round_added_constants(model)
     share = planning.int8_mac_share(model, plan)
-    split = tuple(layer.layer for layer in mended.split)
-    return Quantized(qdq.write(model, plan), plan, kept, split, share)
+    split, floating = ([layer.layer for layer in layers] for layers in (mended.split, mended.floating))
+    return Quantized(qdq.write(model, plan), plan, kept, tuple(split), tuple(floating), share)

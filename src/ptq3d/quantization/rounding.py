@@ -8,6 +8,7 @@ rows in all, so memory does not grow with the windows.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 
 import numpy as np
@@ -27,7 +28,30 @@ Matrix = npt.NDArray[np.float64]
 Floats = npt.NDArray[np.float32]
 
 
-def round_weights(model: ir.Model, plan: Plan, grams: Mapping[str, Gram]) -> None:
+class Rounded:
+    """Integers that were found before, for recipes that differ in other layers only."""
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, tuple[npt.NDArray[np.int8], Gram]] = {}
+
+    def levels(self, matrix: Floats, scale: Scale, gram: Gram, noise: float) -> npt.NDArray[np.int8]:
+        """(K, columns) int8, from `round_columns` block by block.
+
+        Args:
+            matrix: (K, columns) float32 weights.
+            scale: of them, one step or one for each of some rows.
+            gram: of the rows that they multiply.
+            noise: variance that quantization adds to every column.
+        """
+        key = hashlib.blake2b(repr((id(gram.moments), matrix.shape, noise)).encode())
+        for part in (matrix, scale.step, gram.factors):
+            key.update(np.ascontiguousarray(part).data)
+        if key.digest() not in self._known:  # with the Gram, so that no other one gets its identity
+            self._known[key.digest()] = _levels(matrix.astype(np.float64), scale, gram, noise), gram
+        return self._known[key.digest()][0]
+
+
+def round_weights(model: ir.Model, plan: Plan, grams: Mapping[str, Gram], rounded: Rounded | None = None) -> None:
     """Put weights that lie on the plan's INT8 grid, and biases that undo the mean error, into the FP32 graph.
 
     Args:
@@ -35,31 +59,36 @@ def round_weights(model: ir.Model, plan: Plan, grams: Mapping[str, Gram]) -> Non
         plan: its weights' scales.
         grams: layer -> what was seen of its input; other layers, and those that the plan keeps, are left alone. The input's
             own rounding counts as noise of variance step^2 / 12 on every column.
+        rounded: of other recipes for this network, what is known of layers that are the same in both.
 
     Source: Frantar et al. 2023 (GPTQ); Nagel et al. 2019, section 4.2 (bias correction).
     """
+    rounded = rounded or Rounded()
     for node in list(model.graph):
         name = str(node.name)
         weight = weight_value(node) if name in grams and name in plan.layers else None
         if weight is None or len(list(weight.uses())) != 1:
             continue
-        exact = constant_of(weight)
-        rounded = _rounded(node, exact, plan.weights[str(weight.name)], grams[name], input_step(node, plan) ** 2 / 12)
-        _correct_bias(model, node, matrix_of(node, rounded - exact) @ grams[name].mean())
-        set_constant(model, node, 1, rounded, suffix="rounded")
+        exact, scale = constant_of(weight), plan.weights[str(weight.name)]
+        matrix = matrix_of(node, exact)
+        levels = rounded.levels(matrix, scale, grams[name], input_step(node, plan) ** 2 / 12)
+        found = (levels * _steps(matrix, scale)[:, None]).astype(np.float32)
+        _correct_bias(model, node, (found - matrix) @ grams[name].mean())
+        set_constant(model, node, 1, weights_of(node, found, exact.shape), suffix="rounded")
 
 
-def _rounded(node: ir.Node, weight: Floats, scale: Scale, gram: Gram, noise: float) -> Floats:
-    matrix = matrix_of(node, weight).astype(np.float64)
-    steps = np.repeat(scale.step.astype(np.float64), len(matrix) // scale.step.size)
-    levels = np.concatenate(
-        [
-            round_columns(matrix[:, block], moment / max(gram.number, 1), steps, noise=noise)
-            for block, moment in zip(gram.blocks, gram.moments, strict=True)
-        ],
-        axis=1,
-    )
-    return weights_of(node, (levels * steps[:, None]).astype(np.float32), weight.shape)
+def _levels(matrix: Matrix, scale: Scale, gram: Gram, noise: float) -> npt.NDArray[np.int8]:
+    steps = _steps(matrix, scale)
+    blocks = [
+        round_columns(matrix[:, block], correlation, steps, noise=noise).astype(np.int8)
+        for block, correlation in gram.correlations()
+    ]
+    return np.concatenate(blocks, axis=1)
+
+
+def _steps(matrix: npt.NDArray[np.floating], scale: Scale) -> Matrix:
+    """The step of each row, float64."""
+    return np.repeat(scale.step.astype(np.float64), len(matrix) // scale.step.size)
 
 
 def round_columns(matrix: Matrix, moment: npt.NDArray[np.floating], steps: Matrix, *, noise: float = 0.0) -> Matrix:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -13,7 +14,8 @@ from ptq3d.graphs.constants import constant_of
 from ptq3d.graphs.layers import groups, shape_of, weight_axis, weight_value
 
 ROWS = 4096  # in all, for the moments
-KEPT = 512  # of them, as they are
+KEPT = 512  # of them, as they are: at most, and fewer where they are wide
+KEPT_VALUES = 1 << 21  # of a layer, about
 WHOLE = 1024  # columns of a layer up to which all correlations are kept
 BLOCK = 512  # beyond, the columns whose correlations are kept together; a whole Gram matrix of 512 channels would take 1.5 GB
 Matrix = npt.NDArray[np.float64]
@@ -29,12 +31,15 @@ class Gram:
     Args:
         node: a Conv without groups, ConvTranspose, Gemm or MatMul with constant weights.
         rows: how many a window gives.
-        kept: how many of them are kept.
+        kept: how many are kept, of all windows together.
         blocks: of columns.
-        moments: one (width, width) float32 a block, sums of x x^T.
-        total: (columns,) float64, the sum of the rows.
+        moments: one (width, width) float32 a block, sums of x x^T as they were seen.
+        total: (columns,) float64, the sum of the rows as they were seen.
+        factors: (columns,) float32, what the rows are multiplied by since; the methods know of it, the sums above do not, since a
+            scaled copy of them would take as much memory again.
         number: rows seen.
-        sample: the kept rows of each window, (n, columns) float32.
+        sample: the kept rows of each window as they were seen, (n, columns) float32.
+        windows: how many will be seen.
     """
 
     node: ir.Node
@@ -43,8 +48,10 @@ class Gram:
     blocks: list[slice]
     moments: list[Floats]
     total: Matrix
+    factors: Floats
     number: int = 0
     sample: list[Floats] = field(default_factory=list)
+    windows: int = 1
 
     @classmethod
     def empty(cls, node: ir.Node, windows: int) -> Gram:
@@ -58,8 +65,11 @@ class Gram:
         size = width if width <= WHOLE else BLOCK
         blocks = [slice(start, min(start + size, width)) for start in range(0, width, size)]
         moments = [np.zeros((block.stop - block.start,) * 2, np.float32) for block in blocks]
-        rows, kept = max(64, -(-ROWS // max(windows, 1))), max(8, -(-KEPT // max(windows, 1)))
-        return cls(node, rows, kept, blocks, moments, np.zeros(width))
+        kept = min(KEPT, max(KEPT_VALUES // width, 64))
+        each = max(64, -(-ROWS // max(windows, 1)))
+        return cls(
+            node, each, kept, blocks, moments, np.zeros(width), np.ones(width, np.float32), windows=max(windows, 1)
+        )
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -72,30 +82,32 @@ class Gram:
         self.number += len(rows)
         self.total += rows.sum(0, dtype=np.float64)
         kept = sum(len(some) for some in self.sample)
-        if kept < KEPT:
-            self.sample.append(rows[:: max(1, len(rows) // self.kept)][: KEPT - kept])
+        if kept < self.kept:
+            each = max(8, -(-self.kept // self.windows))
+            self.sample.append(rows[:: max(1, len(rows) // each)][: self.kept - kept].copy())
         for block, moment in zip(self.blocks, self.moments, strict=True):
             moment += rows[:, block].T @ rows[:, block]
 
     def mean(self) -> Matrix:
         """(columns,) the mean row."""
-        mean: Matrix = self.total / max(self.number, 1)
+        mean: Matrix = self.total / max(self.number, 1) * self.factors
         return mean
+
+    def correlations(self) -> Iterator[tuple[slice, Floats]]:
+        """(columns of a block, the mean of x x^T for them)."""
+        for block, moment in zip(self.blocks, self.moments, strict=True):
+            factors = self.factors[block] / np.float32(max(self.number, 1)) ** np.float32(0.5)
+            yield block, moment * factors[:, None] * factors
 
     def some_rows(self) -> Floats:
         """(n, columns) float32."""
-        return np.concatenate(self.sample)
+        rows: Floats = np.concatenate(self.sample) * self.factors
+        return rows
 
     def scaled(self, factors: Floats) -> Gram:
         """Of the layer whose input channels are multiplied by `factors` (C,)."""
         columns = np.repeat(factors, len(self.total) // len(factors))
-        moments = [
-            moment * columns[block, None] * columns[block]
-            for block, moment in zip(self.blocks, self.moments, strict=True)
-        ]
-        return replace(
-            self, moments=moments, total=self.total * columns, sample=[rows * columns for rows in self.sample]
-        )
+        return replace(self, factors=self.factors * columns)
 
 
 def _whole(value: ir.Value | None) -> Iterable[str]:
@@ -142,16 +154,23 @@ def weights_of(node: ir.Node, matrix: Floats, shape: tuple[int, ...]) -> Floats:
 
 def _rows(node: ir.Node, parts: Sequence[Floats], number: int, draw: Draw) -> Floats:
     if node.op_type == "Conv":
-        places = draw(shape_of(node.outputs[0])[2:], number)
+        places = _drawn(shape_of(node.outputs[0])[2:], number, draw)
         return np.concatenate([_patches(node, piece, places) for piece in parts], 1)
     values = parts[0]
     if node.op_type == "ConvTranspose":
         sizes = values.shape[2:]
-        flat = np.ravel_multi_index(tuple(draw(sizes, number)), sizes)
+        flat = np.ravel_multi_index(tuple(_drawn(sizes, number, draw)), sizes)
         return np.ascontiguousarray(values[0].reshape(values.shape[1], -1)[:, flat].T)
     rows: Floats = values.reshape(-1, values.shape[-1])
     spread: Floats = rows[np.linspace(0, len(rows) - 1, min(number, len(rows))).astype(int)]
     return spread
+
+
+def _drawn(sizes: Sequence[int], number: int, draw: Draw) -> Positions:
+    """(axes, n) `number` drawn positions of a grid, or each of its positions once where they are no more."""
+    if math.prod(sizes) <= number:
+        return np.indices(sizes).reshape(len(sizes), -1)
+    return draw(sizes, number)
 
 
 def _patches(node: ir.Node, values: Floats, places: Positions) -> Floats:

@@ -273,10 +273,15 @@ def _two_terms(gram: Gram, step: float) -> Gram:
     second = K * (rows - first)
     mean, width = second.mean(0, dtype=np.float64), len(gram.total)
     blocks = [*gram.blocks, *(slice(block.start + width, block.stop + width) for block in gram.blocks)]
-    moments = [
-        (gram.number * (np.outer(mean[block], mean[block]) + np.diag(second[:, block].var(0)))).astype(np.float32)
-        for block in gram.blocks
-    ]
-    total = np.concatenate([gram.total - gram.number * mean / K, gram.number * mean])
-    sample = [np.concatenate([first, second], 1)]
-    return replace(gram, blocks=blocks, moments=[*gram.moments, *moments], total=total, sample=sample)
+    moments = [np.outer(mean[block], mean[block]) + np.diag(second[:, block].var(0)) for block in gram.blocks]
+    moments = [(gram.number * moment).astype(np.float32) for moment in moments]
+    before = [gram.number * correlation for _, correlation in gram.correlations()]
+    total = gram.number * np.concatenate([gram.mean() - mean / K, mean])
+    return replace(
+        gram,
+        blocks=blocks,
+        moments=[*before, *moments],
+        total=total,
+        factors=np.ones(2 * width, np.float32),
+        sample=[np.concatenate([first, second], 1)],
+    )

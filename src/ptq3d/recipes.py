@@ -1,0 +1,101 @@
+"""Recipes tried on the engines that they make: what the labels of a few windows say of them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from ptq3d.engines import BACKENDS, get_backend
+from ptq3d.engines.base import Engine, EngineOptions
+from ptq3d.evaluation.metrics import fidelity
+from ptq3d.graphs.files import save_graph
+from ptq3d.progress import Progress, silent
+from ptq3d.quantization.budget import FEWER, FewestTerms, fewest_terms
+from ptq3d.quantization.observation import Observations
+from ptq3d.quantization.quantizer import Quantized, Recipe, quantize_graph
+from ptq3d.quantization.rounding import Rounded
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+TRIED = 4  # calibration windows on which recipes are tried
+Window = npt.NDArray[np.float32]
+Labels = npt.NDArray[np.int64]
+
+
+class Engines:
+    """Quantizes one calibrated graph by recipes, and opens their engines.
+
+    Args:
+        model: the simplified FP32 graph; it is left as it is.
+        seen: what calibration saw of it.
+        target: the runtime the graphs are written for; its own engine runs them where ptq3d has it, else ONNX Runtime's.
+        scratch: a folder for engines.
+    """
+
+    def __init__(self, model: ir.Model, seen: Observations, target: str, scratch: Path) -> None:
+        self.model, self.name = model, target if target in BACKENDS else "onnxruntime"
+        self._seen, self._scratch = seen, scratch
+        self._backend, self._rounded = get_backend(self.name), Rounded()
+        self._made: dict[Recipe, Quantized] = {}
+
+    def made(self, recipe: Recipe) -> Quantized:
+        """The graph of a recipe."""
+        if recipe not in self._made:  # one at a time: they are large
+            self._made = {recipe: quantize_graph(self.model, self._seen, recipe, self._rounded)}
+        return self._made[recipe]
+
+    @contextmanager
+    def of(self, recipe: Recipe | None) -> Iterator[Engine]:
+        """The engine of a recipe, or of the FP32 graph."""
+        model = self.model.clone() if recipe is None else self.made(recipe).model
+        with tempfile.TemporaryDirectory(dir=self._scratch) as name:
+            folder = Path(name)
+            save_graph(model, folder / "network.onnx")
+            self._backend.build(folder / "network.onnx", folder / "engine")
+            with self._backend.open(folder / "engine", EngineOptions()) as engine:
+                yield engine
+
+    def labels(self, recipe: Recipe | None, windows: Sequence[Window]) -> Labels:
+        """(n, X, Y, Z) classes of n windows (1, C, X, Y, Z), by the engine of a recipe or of the FP32 graph."""
+        with self.of(recipe) as engine:
+            return np.stack([engine(window)[0].argmax(0) for window in windows])
+
+
+def tried_of(number: int) -> list[int]:
+    """Which of `number` windows recipes are tried on: `TRIED` of them, evenly spread."""
+    return sorted({number * index // TRIED for index in range(TRIED)})
+
+
+def with_fewest_terms(
+    engines: Engines, start: Recipe, windows: Sequence[Window], classes: int, *, progress: Progress = silent
+) -> FewestTerms:
+    """The recipe with the fewest second terms that keeps the labels of windows about as well as `start` does.
+
+    Args:
+        engines: of the network.
+        start: with the most second terms that may be spent.
+        windows: (1, C, X, Y, Z) float32 each.
+        classes: of the network, with the background.
+        progress: told of each engine that was run.
+    """
+    made = engines.made(start)
+    if not (made.split or made.mended):
+        return FewestTerms(start, {})
+    done, most_engines = 0, 2 + len(FEWER)
+
+    def labels(recipe: Recipe | None) -> Labels:
+        nonlocal done
+        found = engines.labels(recipe, windows)
+        done += 1
+        progress(done, most_engines)
+        return found
+
+    reference = labels(None)
+    return fewest_terms(start, lambda recipe: 1 - fidelity(labels(recipe), reference, classes))

@@ -85,17 +85,19 @@ def with_fewest_terms(
         classes: of the network, with the background.
         progress: told of each engine that was run.
     """
-    made = engines.made(start)
-    if not (made.split or made.mended):
+    most = engines.made(start)
+    if not (most.split or most.mended):
         return FewestTerms(start, {})
-    done, most_engines = 0, 2 + len(FEWER)
+    known: dict[object, float] = {}
+    reference = engines.labels(None, windows)
+    progress(1, 2 + len(FEWER))
 
-    def labels(recipe: Recipe | None) -> Labels:
-        nonlocal done
-        found = engines.labels(recipe, windows)
-        done += 1
-        progress(done, most_engines)
-        return found
+    def disagreement(recipe: Recipe) -> float:
+        made = engines.made(recipe)
+        layers = made.split, made.mended
+        if layers not in known:
+            known[layers] = 1 - fidelity(engines.labels(recipe, windows), reference, classes)
+        progress(1 + len(known), 2 + len(FEWER))
+        return known[layers]
 
-    reference = labels(None)
-    return fewest_terms(start, lambda recipe: 1 - fidelity(labels(recipe), reference, classes))
+    return fewest_terms(start, disagreement)

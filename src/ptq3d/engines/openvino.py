@@ -14,14 +14,18 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-import onnx_ir as ir
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ptq3d.engines.base import EngineOptions, EngineSpec, LayerReport, Precision, Windows, head_layer, require_windows
+from ptq3d.engines.openvino_model import (
+    channels_last,
+    halve_constants,
+    inputs_as_constants,
+    sum_apart,
+    tables_as_inputs,
+)
 from ptq3d.errors import EngineError, GraphError, OptionError, UnavailableError
-from ptq3d.graphs.constants import LEAST_BYTES
 from ptq3d.graphs.files import load_graph, save_graph
 from ptq3d.graphs.passes import simplify, unsigned_activations
 from ptq3d.head import ROWS, Classifier, Head, label_type, load_head
@@ -70,58 +74,15 @@ def build(onnx: Path, folder: Path) -> tuple[Path, ...]:
     model = simplify(load_graph(onnx))
     if any(node.op_type == "Concat" for node in model.graph):
         unsigned_activations(model)
-    tables = _tables_as_inputs(model)
+    tables = tables_as_inputs(model)
     with tempfile.TemporaryDirectory() as scratch:
         save_graph(model, Path(scratch) / onnx.name)
         with _engine_errors(f"OpenVINO cannot convert {onnx}"):
             converted = openvino.convert_model(Path(scratch) / onnx.name)
-            _inputs_as_constants(converted, tables)
-            _halve_constants(converted)
+            inputs_as_constants(converted, tables)
+            halve_constants(converted)
             openvino.save_model(converted, folder / ARTEFACT, compress_to_fp16=False)
     return folder / ARTEFACT, folder / "model.bin"
-
-
-def _tables_as_inputs(model: ir.Model) -> dict[str, NDArray[np.generic]]:
-    """Make an input of every constant that is gathered by constants, so that no conversion can fold it; they are returned."""
-    tables = {}
-    for node in model.graph:
-        fixed = [value for value in node.inputs if value is not None and value.const_value is not None]
-        if node.op_type == "Gather" and len(fixed) == len(node.inputs) and fixed[0].name not in tables:
-            table = fixed[0]
-            tables[str(table.name)] = table.const_value.numpy()  # type: ignore[union-attr]
-            model.graph.initializers.pop(str(table.name))
-            table.const_value = None
-            model.graph.inputs.append(table)
-    return tables
-
-
-def _inputs_as_constants(model: Any, tables: Mapping[str, NDArray[np.generic]]) -> None:
-    """The reverse, in OpenVINO's model."""
-    from openvino import opset13 as ops
-
-    for name, table in tables.items():
-        parameter = model.input(name).get_node()
-        fixed = ops.constant(table)
-        for reader in parameter.output(0).get_target_inputs():
-            reader.replace_source_output(fixed.output(0))
-        model.remove_parameter(parameter)
-
-
-def _halve_constants(model: Any) -> None:
-    """Large float32 constants as float16 where that is exact, as it is after quantization."""
-    from openvino import opset13 as ops
-
-    for constant in model.get_ordered_ops():
-        if constant.get_type_name() != "Constant" or constant.get_element_type().to_string() != "f32":
-            continue
-        if constant.get_byte_size() < LEAST_BYTES:
-            continue
-        with np.errstate(over="ignore"):
-            half = constant.data.astype(np.float16)
-        if np.array_equal(half.astype(np.float32), constant.data):
-            full = ops.convert(ops.constant(half), "f32")
-            for reader in constant.output(0).get_target_inputs():
-                reader.replace_source_output(full.output(0))
 
 
 def open(folder: Path, options: EngineOptions) -> OpenVinoEngine:
@@ -138,21 +99,8 @@ def open(folder: Path, options: EngineOptions) -> OpenVinoEngine:
     if device.split(".")[0] not in {name.split(".")[0] for name in core.available_devices}:
         raise UnavailableError(f"OpenVINO has no device '{device}' here, only: {', '.join(core.available_devices)}.")
     with _engine_errors(f"OpenVINO cannot load {folder / ARTEFACT}"):
-        model = channels_last(core.read_model(folder / ARTEFACT))
+        model = channels_last(sum_apart(core.read_model(folder / ARTEFACT)))
         return OpenVinoEngine(model, core.compile_model(model, device, _settings(options)), load_head(folder), options)
-
-
-def channels_last(model: Any) -> Any:
-    """The model with channels as the last axis of its output, as OpenVINO's own kernels have them.
-
-    Saves the turning of every answer.
-    """
-    from openvino import Layout, preprocess
-
-    changed = preprocess.PrePostProcessor(model)
-    changed.output(0).model().set_layout(Layout("NCDHW"))
-    changed.output(0).tensor().set_layout(Layout("NDHWC"))
-    return changed.build()
 
 
 def _settings(options: EngineOptions) -> dict[str, Any]:

@@ -1,0 +1,54 @@
+"""Laws of what is done to a network for OpenVINO: the same answer, whether or not it applies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from networks import Builder, windows
+from ptq3d.engines import load_backend
+from ptq3d.engines.base import EngineOptions, int8_mac_share
+from ptq3d.engines.openvino_model import sum_apart
+from ptq3d.graphs.files import save_graph
+from ptq3d.quantization import qdq
+from quantizing import graph, planned, run
+
+openvino = pytest.importorskip("openvino")
+FP32 = {"INFERENCE_PRECISION_HINT": "f32"}
+
+
+def residual(path: Path, slope: float, *, scaled: bool = True) -> Path:
+    """A residual block at the end, as STU-Net has it: a normalized branch, and the skip through a convolution of its own."""
+    b = Builder(6)
+    x = b.add("Relu", b.conv("image", 1, 16))
+    branch = b.add("InstanceNormalization", b.conv(x, 16, 16), b.weight(16), b.weight(16))
+    last = b.add("LeakyRelu", b.add("Add", branch, b.conv(x, 16, 16, kernel=1)), alpha=slope)
+    if scaled:
+        b.add("Mul", last, b.weight(1, 16, 1, 1, 1))
+    return b.save(path, "logits", 16)
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("slope", [0.01, 0.5, 1.5])
+@pytest.mark.parametrize("int8", [True, False])
+def test_a_last_sum_apart_from_its_convolution_gives_the_same_answer(
+    slope: float, scaled: bool, int8: bool, tmp_path: Path
+) -> None:
+    path = residual(tmp_path / "n.onnx", slope, scaled=scaled)
+    if int8:
+        model = graph(path)
+        path = tmp_path / "q.onnx"
+        save_graph(qdq.write(model, planned(model)), path)
+    x = windows(2, seed=3)
+    found = run("openvino", path, x)
+    folder = path.with_name(f"{path.name}.openvino")
+    plain, apart = (openvino.Core().read_model(folder / "model.xml") for _ in range(2))
+    wanted = np.concatenate([openvino.compile_model(plain, "CPU", FP32)([window[None]])[0] for window in x])
+    np.testing.assert_allclose(found, wanted, atol=2e-5 * np.abs(wanted).max(), rtol=0)
+    kinds = {node.get_type_name() for node in sum_apart(apart).get_ops()}
+    assert ("Maximum" in kinds) == (0 <= slope <= 1)
+    with load_backend("openvino").open(folder, EngineOptions()) as engine:
+        assert len(engine.layers()) == 3
+        assert int8_mac_share(engine.layers()) == (1.0 if int8 else 0.0)

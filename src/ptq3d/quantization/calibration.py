@@ -17,11 +17,13 @@ from ptq3d.engines.base import Precision
 from ptq3d.engines.openvino import tap
 from ptq3d.errors import CalibrationError, FileError
 from ptq3d.graphs.files import image_input, save_graph
+from ptq3d.graphs.layers import parameter_count
 from ptq3d.quantization.observation import Observations, Observer
 from ptq3d.quantization.planning import Placement
 
 Window = npt.NDArray[np.float32]
 AT_ONCE = 3 << 30  # bytes of observed tensors; the runtime needs several times as much to hand them over
+LEAST_AT_ONCE = 1 << 30  # of a network whose weights fill the memory
 OBSERVED: Precision = "bf16"  # ranges and moments need no more, and half the time where the processor has it
 
 
@@ -214,7 +216,15 @@ def watch(
     Raises:
         CalibrationError: a window holds NaN or infinite values.
     """
-    image = str(image_input(model).name)
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "observed.onnx"
+        save_graph(model, path)
+        yield from _watched(path, str(image_input(model).name), tensors, windows, precision=precision, threads=threads)
+
+
+def _watched(
+    onnx: Path, image: str, tensors: Sequence[str], windows: Iterable[Window], *, precision: Precision, threads: int
+) -> Iterator[dict[str, Window]]:
     inner = [name for name in dict.fromkeys(tensors) if name != image]
     current: dict[str, Window] = {}
 
@@ -224,11 +234,8 @@ def watch(
             current[image] = window
             yield window
 
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "observed.onnx"
-        save_graph(model, path)
-        for values in tap(path, inner, seen(), precision=precision, threads=threads):
-            yield {**values, **current}
+    for values in tap(onnx, inner, seen(), precision=precision, threads=threads):
+        yield {**values, **current}
 
 
 def observe(
@@ -236,7 +243,8 @@ def observe(
 ) -> Observations:
     """What the tensors and layers of a placement hold over all windows, in memory that does not grow with them.
 
-    A network whose tensors take more than `AT_ONCE` bytes runs more than once, on windows that are kept in a file meanwhile.
+    A network whose tensors take more than `AT_ONCE` bytes, less half of its weights' bytes, runs more than once, on windows that
+    are kept in a file meanwhile.
 
     Args:
         model: the simplified FP32 graph.
@@ -250,13 +258,16 @@ def observe(
         CalibrationError: a window or a tensor holds NaN or infinite values, or there is no window.
     """
     observer = Observer(model, placement, number, seed=seed)
-    parts = observer.parts(AT_ONCE)
+    parts = observer.parts(max(AT_ONCE - 2 * parameter_count(model), min(AT_ONCE, LEAST_AT_ONCE)))
+    image = str(image_input(model).name)
     with tempfile.TemporaryDirectory() as scratch:
-        kept = windows
+        path, kept = Path(scratch) / "observed.onnx", windows
+        save_graph(model, path)
         if len(parts) > 1:
             kept = CalibrationWindows(Path(scratch) / "windows.npz", number, {})
             save_windows(kept.path, (window[0] for window in windows), number, {})
         for part in parts:
-            for values in watch(model, observer.tensors_of(part), kept, precision=OBSERVED, threads=threads):
+            tensors = observer.tensors_of(part)
+            for values in _watched(path, image, tensors, kept, precision=OBSERVED, threads=threads):
                 observer.see(values, part)
     return observer.finish()

@@ -37,7 +37,7 @@ from ptq3d.memory import peak_memory_bytes
 from ptq3d.quantization import calibration, planning, quantizer
 from ptq3d.quantization.budget import FewestTerms, Sensitivity, Trial, by_worth, keeping, search
 from ptq3d.quantization.targets import get_target
-from ptq3d.recipes import Engines, tried_of, with_fewest_terms
+from ptq3d.recipes import Engines, with_fewest_terms
 from ptq3d.volumes.files import load_image
 from ptq3d.volumes.preprocessing import Preprocessing
 from ptq3d.volumes.resample import reorient
@@ -184,8 +184,7 @@ def plainly(subject: Subject, folder: Path) -> tuple[Path, str]:
 
 def settled(engines: Engines, subject: Subject) -> FewestTerms:
     """The default recipe with the second terms that calibration windows call for."""
-    some = [subject.calibration[index] for index in tried_of(len(subject.calibration))]
-    return with_fewest_terms(engines, quantizer.Recipe(), some, subject.classes)
+    return with_fewest_terms(engines, quantizer.Recipe(), subject.calibration, subject.classes)
 
 
 def observe(model: object, windows: Sequence[np.ndarray]) -> object:

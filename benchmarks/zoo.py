@@ -46,7 +46,7 @@ from ptq3d.models.sources import load_network
 from ptq3d.quantization import calibration, planning
 from ptq3d.quantization.quantizer import Recipe
 from ptq3d.quantization.targets import get_target
-from ptq3d.recipes import Engines, tried_of, with_fewest_terms
+from ptq3d.recipes import Engines, with_fewest_terms
 from ptq3d.volumes.files import load_image
 from ptq3d.volumes.preprocessing import Preprocessing
 
@@ -133,7 +133,7 @@ def ours(onnx: Path, folder: Path, windows: list[np.ndarray], classes: int) -> s
     placement = planning.place(model, get_target("openvino"))
     seen = calibration.observe(model, placement, iter(windows), len(windows))
     engines = Engines(model, seen, "openvino", folder)
-    found = with_fewest_terms(engines, Recipe(), [windows[index] for index in tried_of(len(windows))], classes)
+    found = with_fewest_terms(engines, Recipe(), windows, classes)
     made = engines.made(found.recipe)
     save_graph(made.model, folder / "int8.onnx")
     build_artefact(folder / "int8.onnx", folder / "engine", "openvino")

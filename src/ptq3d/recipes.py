@@ -81,7 +81,7 @@ def with_fewest_terms(
     Args:
         engines: of the network.
         start: with the most second terms that may be spent.
-        windows: (1, C, X, Y, Z) float32 each.
+        windows: of the calibration, (1, C, X, Y, Z) float32 each; those of `tried_of` are looked at.
         classes: of the network, with the background.
         progress: told of each engine that was run.
     """
@@ -89,14 +89,15 @@ def with_fewest_terms(
     if not (most.split or most.mended):
         return FewestTerms(start, {})
     known: dict[object, float] = {}
-    reference = engines.labels(None, windows)
+    some = [windows[index] for index in tried_of(len(windows))]
+    reference = engines.labels(None, some)
     progress(1, 2 + len(FEWER))
 
     def disagreement(recipe: Recipe) -> float:
         made = engines.made(recipe)
         layers = made.split, made.mended
         if layers not in known:
-            known[layers] = 1 - fidelity(engines.labels(recipe, windows), reference, classes)
+            known[layers] = 1 - fidelity(engines.labels(recipe, some), reference, classes)
         progress(1 + len(known), 2 + len(FEWER))
         return known[layers]
 

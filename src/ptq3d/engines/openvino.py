@@ -313,7 +313,7 @@ MACS: Mapping[str, Callable[[Any], int]] = {
 
 
 def tap(
-    onnx: Path, tensors: Sequence[str], windows: Iterable[Windows], *, precision: Precision = "fp32", threads: int = 0
+    onnx: Path, tensors: Sequence[str], windows: Iterable[Windows], *, precision: Precision = "fp32"
 ) -> Iterator[dict[str, Windows]]:
     """The values of inner tensors and outputs, window by window; what calibration watches.
 
@@ -322,7 +322,6 @@ def tap(
         tensors: names of tensors of that graph.
         precision: of the arithmetic; the values are float32 whatever it is.
         windows: each (1, C, X, Y, Z) float32.
-        threads: CPU threads, 0 for all.
 
     Yields:
         name -> values of that window; valid until the next one is asked for.
@@ -342,9 +341,7 @@ def tap(
     except RuntimeError as error:
         raise GraphError(f"{onnx}: a tensor to observe is missing ({error}).") from error
     with _engine_errors(f"OpenVINO cannot compile {onnx}"):
-        request = core.compile_model(
-            model, "CPU", _settings(EngineOptions("CPU", precision, threads))
-        ).create_infer_request()
+        request = core.compile_model(model, "CPU", _settings(EngineOptions("CPU", precision))).create_infer_request()
     for window in windows:
         with _engine_errors("OpenVINO failed while it calibrated the network"):
             request.infer({0: np.ascontiguousarray(window)}, share_inputs=True, share_outputs=True)

@@ -72,7 +72,7 @@ def sum_apart(model: Any) -> Any:
     """The model with a last sum that its convolution does not take in, in place.
 
     The plugin turns an answer for nothing, but not behind a convolution that adds a residual branch: there it moves every value
-    twice, a fifth of STU-Net's time. max(x + y, a x + a y) is the leaky ReLU of x + y, and reads each branch twice, which no
+    twice. max(x + y, a x + a y) is the leaky ReLU of x + y, and reads each branch twice, which no
     convolution can take in.
     """
     from openvino import opset13 as ops

@@ -108,7 +108,7 @@ class FewestTerms:
 def fewest_terms(start: Recipe, disagreement: Callable[[Recipe], float]) -> FewestTerms:
     """The recipe with the fewest second terms that is about as good as `start`.
 
-    What a layer's noise does to the answer differs between networks by an order of magnitude, so it is asked of the answer.
+    What a layer's noise does to the labels differs between networks, so it is asked of the labels.
 
     Args:
         start: with the most second terms that may be spent.

@@ -209,7 +209,6 @@ def watch(
     windows: Iterable[Window],
     *,
     precision: Precision = "fp32",
-    threads: int = 0,
 ) -> Iterator[dict[str, Window]]:
     """The values of tensors, window by window, the image input among them if wanted.
 
@@ -219,11 +218,11 @@ def watch(
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "observed.onnx"
         save_graph(model, path)
-        yield from _watched(path, str(image_input(model).name), tensors, windows, precision=precision, threads=threads)
+        yield from _watched(path, str(image_input(model).name), tensors, windows, precision=precision)
 
 
 def _watched(
-    onnx: Path, image: str, tensors: Sequence[str], windows: Iterable[Window], *, precision: Precision, threads: int
+    onnx: Path, image: str, tensors: Sequence[str], windows: Iterable[Window], *, precision: Precision
 ) -> Iterator[dict[str, Window]]:
     inner = [name for name in dict.fromkeys(tensors) if name != image]
     current: dict[str, Window] = {}
@@ -234,13 +233,11 @@ def _watched(
             current[image] = window
             yield window
 
-    for values in tap(onnx, inner, seen(), precision=precision, threads=threads):
+    for values in tap(onnx, inner, seen(), precision=precision):
         yield {**values, **current}
 
 
-def observe(
-    model: ir.Model, placement: Placement, windows: Iterable[Window], number: int, *, threads: int = 0, seed: int = 0
-) -> Observations:
+def observe(model: ir.Model, placement: Placement, windows: Iterable[Window], number: int) -> Observations:
     """What the tensors and layers of a placement hold over all windows, in memory that does not grow with them.
 
     A network whose tensors take more than `AT_ONCE` bytes, less half of its weights' bytes, runs more than once, on windows that
@@ -251,13 +248,11 @@ def observe(
         placement: what will be quantized at most; later placements may keep more in floating point.
         windows: each (1, C, X, Y, Z) float32; read once.
         number: how many they are.
-        threads: CPU threads, 0 for all.
-        seed: of the sampled positions.
 
     Raises:
         CalibrationError: a window or a tensor holds NaN or infinite values, or there is no window.
     """
-    observer = Observer(model, placement, number, seed=seed)
+    observer = Observer(model, placement, number)
     parts = observer.parts(max(AT_ONCE - 2 * parameter_count(model), min(AT_ONCE, LEAST_AT_ONCE)))
     image = str(image_input(model).name)
     with tempfile.TemporaryDirectory() as scratch:
@@ -268,6 +263,6 @@ def observe(
             save_windows(kept.path, (window[0] for window in windows), number, {})
         for part in parts:
             tensors = observer.tensors_of(part)
-            for values in _watched(path, image, tensors, kept, precision=OBSERVED, threads=threads):
+            for values in _watched(path, image, tensors, kept, precision=OBSERVED):
                 observer.see(values, part)
     return observer.finish()

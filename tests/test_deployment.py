@@ -34,7 +34,7 @@ from ptq3d import compare as comparison
 from ptq3d import windows as blending
 from ptq3d.artefacts import build_artefact, cached_artefact
 from ptq3d.cli import main
-from ptq3d.datasets.folders import Case
+from ptq3d.datasets.cases import Case
 from ptq3d.deployment import STREAMS, CaseResult, deploy, prepare
 from ptq3d.engines import BACKENDS, get_backend, load_backend
 from ptq3d.engines.base import EngineOptions
@@ -872,4 +872,4 @@ def test_compare_ends_with_what_ended_a_case(bench: Bench, monkeypatch: pytest.M
     monkeypatch.setattr(comparison, "deploy_cases", lambda *given, **named: (failed,))
     deployment = prepare(bench.net, "torch", EngineOptions(), preprocessing=str(bench.spaced), overlap=None)
     with pytest.raises(FileError, match="the disk is full"):
-        comparison._segment(deployment, [Case("a", bench.images / "a.nii.gz", None)], bench.root / "out")
+        comparison._segment(deployment, [Case("a", (bench.images / "a.nii.gz",))], bench.root / "out")

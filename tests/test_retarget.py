@@ -13,7 +13,7 @@ from ptq3d.cli import main
 from ptq3d.engines import reference
 from ptq3d.engines.base import EngineOptions
 from ptq3d.graphs.files import load_graph
-from ptq3d.manifest import embedded, sha256
+from ptq3d.manifest import embedded
 
 
 @pytest.fixture

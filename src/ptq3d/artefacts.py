@@ -18,11 +18,12 @@ from ptq3d.graphs.passes import simplify
 from ptq3d.graphs.split_head import split_head
 from ptq3d.head import FILE as HEAD_FILE
 from ptq3d.head import save_head
-from ptq3d.manifest import FILE, Manifest, embedded, read_beside, sha256, write_beside
+from ptq3d.manifest import FILE, Manifest, embedded, read_beside, write_beside
 from ptq3d.options import BuildOptions
 from ptq3d.pipeline import Written, class_names
 from ptq3d.quantization.qdq import planned_layers
 from ptq3d.version import __version__
+from ptq3d.volumes.source import sha256
 
 if TYPE_CHECKING:
     import onnx_ir as ir

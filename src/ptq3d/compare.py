@@ -16,13 +16,13 @@ from typing import Any, cast, get_args
 import numpy as np
 
 from ptq3d.artefacts import artefact_size
-from ptq3d.datasets.folders import Case, find_cases
+from ptq3d.datasets.cases import Case, read_image, true_classes
+from ptq3d.datasets.folders import find_cases
 from ptq3d.deployment import (
     CaseResult,
     Deployment,
     deploy_cases,
     prepare,
-    true_classes,
     truth_map,
     warn_of_calibration_cases,
 )
@@ -34,7 +34,7 @@ from ptq3d.evaluation.statistics import Interval, LatencySummary, paired_bootstr
 from ptq3d.memory import peak_memory_bytes
 from ptq3d.options import CompareOptions
 from ptq3d.progress import bar
-from ptq3d.volumes.files import load_image, load_labels
+from ptq3d.volumes.files import load_labels
 
 WARM_UP = 2
 
@@ -155,7 +155,7 @@ def compare(options: CompareOptions) -> Comparison:
     label_map = truth_map(options.label_map, manifest)
     for deployment in deployments:
         warn_of_calibration_cases(deployment.manifest, cases)
-    truths = [true_classes(case, load_image(case.image), label_map) for case in cases]
+    truths = [true_classes(case, read_image(case), label_map) for case in cases]
     with tempfile.TemporaryDirectory() as scratch:
         timed = _time_windows(deployments, cases[0], options)
         outputs = [(options.output or Path(scratch)) / _folder_name(text) for text in options.models]
@@ -248,7 +248,7 @@ def _folder_name(text: str) -> str:
 
 def _time_windows(deployments: Sequence[Deployment], case: Case, options: CompareOptions) -> list[_Timed]:
     """Latency of one real window, all engines in turn, and the INT8 share of each as its runtime reports it."""
-    image = load_image(case.image)
+    image = read_image(case)
     times: list[list[float]] = [[] for _ in deployments]
     rounds = WARM_UP + options.repetitions
     with ExitStack() as stack:
@@ -303,7 +303,7 @@ def _segment_apart(deployment: Deployment, cases: list[Case], output: Path) -> _
 def _segment(deployment: Deployment, cases: list[Case], output: Path) -> _Run:
     from ptq3d.datasets.label_map import LabelMap
 
-    unlabelled = [Case(case.name, case.image, None) for case in cases]
+    unlabelled = [case.unlabelled() for case in cases]
     results = deploy_cases(
         deployment, unlabelled, output, label_map=LabelMap.identity(deployment.manifest.labels), quiet=True
     )

@@ -13,22 +13,23 @@ from time import perf_counter
 import numpy as np
 
 from ptq3d.artefacts import cached_artefact
-from ptq3d.datasets.folders import Case, find_cases
+from ptq3d.datasets.cases import Case, read_image, true_classes
+from ptq3d.datasets.folders import find_cases
 from ptq3d.datasets.label_map import LabelMap
 from ptq3d.engines import get_backend
 from ptq3d.engines.base import Engine, EngineOptions
 from ptq3d.engines.joined import Ensemble, Mirrored
 from ptq3d.errors import EngineError, LabelError, OptionError, Ptq3dError
 from ptq3d.evaluation.metrics import dice_per_class
-from ptq3d.manifest import Manifest, sha256
+from ptq3d.manifest import Manifest
 from ptq3d.memory import peak_memory_bytes, resident_bytes
 from ptq3d.options import CaseOptions, DeployOptions
 from ptq3d.pipeline import preprocessing_of
 from ptq3d.predict import Answer, Prepared, estimated_bytes, predict_labels, prepared_case, require_memory
 from ptq3d.progress import bar
-from ptq3d.volumes.files import load_grid, load_image, load_labels, save_labels
+from ptq3d.volumes.files import load_grid, save_labels
 from ptq3d.volumes.preprocessing import Preprocessing
-from ptq3d.volumes.volume import Volume, require_same_grid
+from ptq3d.volumes.source import place_of
 
 STREAMS = 2  # windows in the network at a time, so that one goes on while the other's answer is blended
 log = logging.getLogger("ptq3d")
@@ -209,8 +210,8 @@ def warn_of_calibration_cases(manifest: Manifest, cases: Iterable[Case]) -> None
     if not calibrated:
         return
     for case in cases:
-        if sha256(case.image) in calibrated:
-            log.warning("%s was used to calibrate this engine: figures on it are not of unseen data.", case.image)
+        if case.digest in calibrated:
+            log.warning("%s was used to calibrate this engine: figures on it are not of unseen data.", case.where)
 
 
 def deploy_cases(
@@ -236,8 +237,8 @@ def deploy_cases(
     import torch  # before the first case is timed
 
     for case in cases:
-        for given in (case.image, case.label):
-            if given is not None and _output_of(case, output).resolve() == given.resolve():
+        for given in (*map(place_of, case.images), *case.label_files):
+            if _output_of(case, output).resolve() == given.resolve():
                 raise OptionError(f"{given} is an input and would be overwritten. Choose another --output.")
     if deployment.options.threads:
         torch.set_num_threads(deployment.options.threads)
@@ -272,7 +273,7 @@ def _require_memory(deployment: Deployment, engine: Engine, cases: list[Case], l
     needed = {}
     for case in cases:
         with suppress(Ptq3dError):  # the case will end with it, the others go on
-            grid = load_grid(case.image)
+            grid = load_grid(case.images[0])
             needed[case.name] = estimated_bytes(grid, engine, deployment.manifest, deployment.preprocessing)
     require_memory(needed, limit, resident_bytes(), ahead=deployment.options.threads != 1)
 
@@ -303,7 +304,7 @@ class _Flow:
         """From the file to what the network sees."""
         try:
             start = perf_counter()
-            image = load_image(case.image)
+            image = read_image(case)
             read = perf_counter() - start
             prepared = prepared_case(image, self.deployment.preprocessing, self.options)
             truth = true_classes(case, image, self.label_map)
@@ -354,20 +355,6 @@ def _ended(error: Ptq3dError | MemoryError | RuntimeError) -> Ptq3dError:
     if isinstance(error, RuntimeError) and "memory" not in str(error):
         raise error
     return EngineError(f"the machine has too little memory for this case ({error}). Bound it with --max-memory.")
-
-
-def true_classes(case: Case, image: Volume, label_map: LabelMap) -> np.ndarray | None:
-    """(X, Y, Z) classes of a case's label file, None where it has none.
-
-    Raises:
-        GeometryError: the label map lies on another grid than the image.
-        LabelError: it holds values outside the classes.
-    """
-    if case.label is None:
-        return None
-    labels = load_labels(case.label)
-    require_same_grid(image, labels, image_path=case.image, label_path=case.label)
-    return label_map.apply(labels.data[0], where=case.label)
 
 
 def _dice(prediction: np.ndarray, truth: np.ndarray, names: tuple[str, ...]) -> dict[str, float]:

@@ -20,10 +20,11 @@ from ptq3d.graphs.export import SAME_LABELS, TOLERANCE, export_network, label_ag
 from ptq3d.graphs.files import load_graph, resize_window, save_graph, static_input_shape
 from ptq3d.graphs.layers import shape_of
 from ptq3d.graphs.passes import simplify
-from ptq3d.manifest import Manifest, embed, embedded, sha256
+from ptq3d.manifest import Manifest, embed, embedded
 from ptq3d.options import ExportOptions, SourceOptions
 from ptq3d.pipeline import DEFAULT_WINDOW, Written, class_names, preprocessing_of
 from ptq3d.volumes.preprocessing import PRESETS, Preprocessing
+from ptq3d.volumes.source import sha256
 
 if TYPE_CHECKING:
     import onnx_ir as ir

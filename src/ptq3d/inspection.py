@@ -12,9 +12,10 @@ from ptq3d.errors import FileError
 from ptq3d.graphs.files import load_graph, static_input_shape
 from ptq3d.graphs.layers import parameter_count, shape_of
 from ptq3d.graphs.passes import is_quantized, simplify
-from ptq3d.manifest import Manifest, embedded, read_beside, sha256
+from ptq3d.manifest import Manifest, embedded, read_beside
 from ptq3d.options import InspectOptions
 from ptq3d.quantization.qdq import PlannedLayer, planned_layers
+from ptq3d.volumes.source import sha256
 
 
 @dataclass(frozen=True)

@@ -11,16 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from ptq3d.datasets.folders import Case
+from ptq3d.datasets.cases import Case, read_image, true_classes
 from ptq3d.datasets.label_map import LabelMap
-from ptq3d.deployment import true_classes
 from ptq3d.engines.base import Engine, int8_mac_share
 from ptq3d.errors import OptionError
 from ptq3d.evaluation.certificate import certificate
 from ptq3d.evaluation.metrics import dice_per_class, fidelity, fidelity_per_class, mean_dice
 from ptq3d.graphs.files import static_input_shape
 from ptq3d.graphs.layers import layers
-from ptq3d.manifest import sha256
 from ptq3d.options import CaseOptions
 from ptq3d.predict import predict_labels, prepared_case
 from ptq3d.progress import bar
@@ -29,7 +27,6 @@ from ptq3d.quantization.calibration import draw_windows, shares
 from ptq3d.quantization.quantizer import Quantized, Recipe
 from ptq3d.quantizing import Calibrated
 from ptq3d.recipes import Engines
-from ptq3d.volumes.files import load_image
 from ptq3d.volumes.preprocessing import Preprocessing
 from ptq3d.volumes.volume import Volume
 
@@ -115,7 +112,7 @@ class Judge:
         cases = self._cases[:WINDOWS]
         with self.engines.of(None) as engine:
             for case, number in zip(cases, shares(WINDOWS, len(cases)), strict=True):
-                image = load_image(case.image)
+                image = read_image(case)
                 prepared_image = prepared.apply(image)
                 ready = prepared_image.data
                 truth = None
@@ -150,7 +147,7 @@ class Judge:
             bar("Verify", quiet=quiet) as progress,
         ):
             for done, case in enumerate(self._cases, 1):
-                image = load_image(case.image)
+                image = read_image(case)
                 ready, plainly = prepared_case(image, prepared, CaseOptions()), CaseOptions()
                 answers = [
                     predict_labels(ready, one, manifest, prepared, plainly).labels.data[0] for one in (exact, engine)
@@ -164,7 +161,7 @@ class Judge:
         dice = [pair for pair in dice if not np.isnan(pair).any()]
         evidence = certificate([case.name for case in self._cases], manifest.labels[1:], np.asarray(kept))
         evidence |= {
-            "cases": {case.name: sha256(case.image) for case in self._cases},
+            "cases": {case.name: case.digest for case in self._cases},
             "engine": self.engines.name,
             "built_int8_mac_share": share,
         }

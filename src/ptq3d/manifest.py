@@ -6,7 +6,6 @@ file. So one file or one folder is enough to deploy, and training, calibration a
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ptq3d.errors import ManifestError, Ptq3dError
 from ptq3d.volumes.preprocessing import Preprocessing
+from ptq3d.volumes.source import sha256
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -140,12 +140,6 @@ def read_beside(folder: Path) -> Manifest:
             state = "was changed" if file.is_file() else "is missing"
             raise ManifestError(f"{file} {state} since the engine was built. Build it again with `ptq3d build`.")
     return manifest
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file's bytes, as hexadecimal text."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ptq3d.datasets.folders import Case, find_cases
+from ptq3d.datasets.cases import Case, read_image, read_labels
+from ptq3d.datasets.folders import find_cases
 from ptq3d.datasets.label_map import LabelMap
 from ptq3d.errors import LabelError, OptionError
 from ptq3d.graphs.files import load_graph, static_input_shape
-from ptq3d.manifest import embedded, sha256
+from ptq3d.manifest import embedded
 from ptq3d.options import CalibrateOptions, TrainOptions
 from ptq3d.progress import Progress, bar, silent
 from ptq3d.quantization import calibration
-from ptq3d.volumes.files import load_image, load_labels
 from ptq3d.volumes.preprocessing import PRESETS, Preprocessing
 
 if TYPE_CHECKING:
@@ -128,13 +128,13 @@ def _test_sibling(data: Path) -> Path | None:
 def _warn_of_test_cases(cases: Iterable[Case], test: Path | None) -> None:
     if test is None:
         return
-    tested = {sha256(case.image): case.image for case in find_cases(test)}
+    tested = {case.digest: case.where for case in find_cases(test)}
     for case in cases:
-        twin = tested.get(sha256(case.image))
+        twin = tested.get(case.digest)
         if twin is not None:
             log.warning(
                 "calibration file %s is also in the test folder (%s): figures on it are not of unseen data.",
-                case.image,
+                case.where,
                 twin,
             )
 
@@ -154,12 +154,13 @@ def case_windows(
     used = cases if len(cases) <= number else [cases[i] for i in sorted(generator.permutation(len(cases))[:number])]
     done = 0
     for case, share in zip(used, calibration.shares(number, len(used)), strict=True):
-        image = prepared.apply(load_image(case.image))
-        if case.label is None:
+        image = prepared.apply(read_image(case))
+        labels = read_labels(case)
+        if labels is None:
             foreground = image.data[0] > image.data[0].mean()
         else:
-            foreground = prepared.apply_labels(load_labels(case.label), image.grid).data[0] > 0
-        hashes[case.name] = sha256(case.image)
+            foreground = prepared.apply_labels(labels, image.grid).data[0] > 0
+        hashes[case.name] = case.digest
         for piece in calibration.draw_windows(image.data, window, share, foreground=foreground, generator=generator):
             yield piece[None]
             done += 1

@@ -18,7 +18,7 @@ from ptq3d.exporting import BELONGS_TO, ONNX, SOURCES, described, export, source
 from ptq3d.graphs.files import load_graph, save_graph, static_input_shape
 from ptq3d.graphs.passes import is_quantized
 from ptq3d.int8 import LIMITS, Scale
-from ptq3d.manifest import Manifest, embed, sha256
+from ptq3d.manifest import Manifest, embed
 from ptq3d.options import ExportOptions, QuantizeOptions, SourceOptions
 from ptq3d.pipeline import Written, case_windows
 from ptq3d.progress import Progress, bar
@@ -28,6 +28,7 @@ from ptq3d.quantization.quantizer import Quantized, Recipe
 from ptq3d.quantization.targets import Target, get_target
 from ptq3d.recipes import Engines, tried_of, with_fewest_terms
 from ptq3d.version import __version__
+from ptq3d.volumes.source import sha256
 
 if TYPE_CHECKING:
     import onnx_ir as ir

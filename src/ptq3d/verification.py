@@ -11,13 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ptq3d.datasets.folders import Case, find_cases
+from ptq3d.datasets.cases import Case
+from ptq3d.datasets.folders import find_cases
 from ptq3d.deployment import truth_map
 from ptq3d.engines import BACKENDS
 from ptq3d.errors import BudgetError, OptionError
 from ptq3d.evaluation.figures import draw_sensitivity, require_matplotlib
 from ptq3d.judging import Judge, preprocessing_of_cases
-from ptq3d.manifest import sha256, write_text
+from ptq3d.manifest import write_text
 from ptq3d.options import QuantizeOptions, SensitivityOptions
 from ptq3d.pipeline import Written
 from ptq3d.progress import bar
@@ -144,7 +145,7 @@ def _judge(options: QuantizeOptions, found: Calibrated, cases: list[Case]) -> It
             log.warning(
                 "the calibration file does not say its cases: nobody checked that the validation volumes are others."
             )
-        shared = [case.name for case in cases if sha256(case.image) in used]
+        shared = [case.name for case in cases if case.digest in used]
         if shared:
             raise OptionError(
                 f"the validation case {shared[0]} was calibrated on, so it proves nothing. Give other volumes to --validation-data."

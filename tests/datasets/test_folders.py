@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from ptq3d.datasets.folders import Case, case_name, find_cases
+from ptq3d.datasets.cases import Case
+from ptq3d.datasets.folders import case_name, find_cases
 from ptq3d.errors import FileError, LabelError
 
 
@@ -32,42 +33,42 @@ def folder(place: Path, *names: str) -> Path:
 def test_an_image_finds_its_labels(tmp_path: Path, image: str, label: str) -> None:
     images = folder(tmp_path / "images", image, "other_99.nii.gz", "readme.txt", ".hidden.nii.gz")
     labels = folder(tmp_path / "labels", label, "other_99.nii.gz", "other_98.nii.gz")
-    found = {case.image.name: case for case in find_cases(images, labels)}
+    found = {Path(case.where).name: case for case in find_cases(images, labels)}
     assert len(found) == 2
-    assert found[image] == Case(case_name(images / image), images / image, labels / label)
+    assert found[image] == Case(case_name(images / image), (images / image,), labels / label)
 
 
 def test_cases_come_by_name(tmp_path: Path) -> None:
     images = folder(tmp_path / "images", *(f"img{number:04}.nii.gz" for number in (3, 1, 2)))
     cases = find_cases(images)
     assert [case.name for case in cases] == ["img0001", "img0002", "img0003"]
-    assert all(case.label is None for case in cases)
+    assert all(case.labels is None for case in cases)
 
 
 def test_single_files_belong_together(tmp_path: Path) -> None:
     image = folder(tmp_path / "images", "scan.nii.gz", "scan2.nii.gz") / "scan.nii.gz"
     label = folder(tmp_path / "labels", "segmentation.nii.gz") / "segmentation.nii.gz"
-    assert find_cases(image, label) == [Case("scan", image, label)]
-    assert find_cases(image) == [Case("scan", image, None)]
+    assert find_cases(image, label) == [Case("scan", (image,), label)]
+    assert find_cases(image) == [Case("scan", (image,))]
 
 
 def test_a_single_image_finds_its_labels_in_a_folder(tmp_path: Path) -> None:
     image = folder(tmp_path / "images", "img0002.nii.gz") / "img0002.nii.gz"
     labels = folder(tmp_path / "labels", "label0001.nii.gz", "label0002.nii.gz")
-    assert find_cases(image, labels) == [Case("img0002", image, labels / "label0002.nii.gz")]
+    assert find_cases(image, labels) == [Case("img0002", (image,), labels / "label0002.nii.gz")]
 
 
 def test_equal_names_go_before_equal_numbers(tmp_path: Path) -> None:
     images = folder(tmp_path / "images", "a1.nii.gz", "b1.nii.gz")
     labels = folder(tmp_path / "labels", "a1.nii.gz", "b1.nii.gz")
-    assert [case.label for case in find_cases(images, labels)] == [labels / "a1.nii.gz", labels / "b1.nii.gz"]
+    assert [case.labels for case in find_cases(images, labels)] == [labels / "a1.nii.gz", labels / "b1.nii.gz"]
 
 
 def test_the_real_layouts(shared: Path) -> None:
     data = shared / "data"
     brains = find_cases(data / "whole_brain/test/images", data / "whole_brain/test/labels", required_labels=True)
     assert [case.name for case in brains] == ["1013", "1014", "1015", "1017", "1036"]
-    assert all(case.label is not None and case.label.name == case.image.name for case in brains)
+    assert all(case.label_files[0].name == Path(case.where).name for case in brains)
     assert len(find_cases(data / "abdomen_ct/images", data / "abdomen_ct/labels")) == 1
 
 

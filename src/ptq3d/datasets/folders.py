@@ -5,25 +5,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
+from ptq3d.datasets.cases import Case
 from ptq3d.errors import FileError, LabelError
-
-
-@dataclass(frozen=True)
-class Case:
-    """One image, with its label map where there is one.
-
-    Attributes:
-        name: unique in its folder: the image's file name without its ending and without nnU-Net's "_0000".
-        image: a volume file.
-        label: a volume file, or None.
-    """
-
-    name: str
-    image: Path
-    label: Path | None
 
 
 def find_cases(images: Path, labels: Path | None = None, *, required_labels: bool = False) -> list[Case]:
@@ -52,9 +37,9 @@ def find_cases(images: Path, labels: Path | None = None, *, required_labels: boo
     if repeated:
         raise FileError(f"{images}: several images have the case name {repeated}; rename or move one of them.")
     if labels is None:
-        return [Case(name, path, None) for name, path in zip(names, found, strict=True)]
+        return [Case(name, (path,)) for name, path in zip(names, found, strict=True)]
     partners = _partners(found, _volumes(Path(labels), "labels"), Path(labels))
-    return [Case(name, path, label) for name, path, label in zip(names, found, partners, strict=True)]
+    return [Case(name, (path,), label) for name, path, label in zip(names, found, partners, strict=True)]
 
 
 def case_name(path: Path) -> str:

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ptq3d.datasets.folders import Case, find_cases
+from ptq3d.datasets.cases import Case, read_image, true_classes
+from ptq3d.datasets.folders import find_cases
 from ptq3d.errors import IntensityError, LabelError, OptionError
 from ptq3d.training.options import TrainingOptions
-from ptq3d.volumes.files import load_image, load_labels
-from ptq3d.volumes.volume import Volume, require_same_grid
+from ptq3d.volumes.volume import Volume
 
 CENTRES_PER_CLASS = 20_000  # remembered window centres, evenly spread over the class: 8 bytes each
 
@@ -48,16 +48,15 @@ def read_case(case: Case, options: TrainingOptions) -> TrainingCase:
     Raises:
         FileError, GeometryError, IntensityError, LabelError: the case cannot be used; the message names its file.
     """
-    if case.label is None:
-        raise LabelError(f"{case.image}: has no label map. Put one of the same name into {options.labels}.")
-    image, labels = load_image(case.image), load_labels(case.label)
-    require_same_grid(image, labels, image_path=case.image, label_path=case.label)
-    classes = options.label_map.apply(labels.data, where=case.label)
+    image = read_image(case)
+    classes = true_classes(case, image, options.label_map)
+    if classes is None:
+        raise LabelError(f"{case.where}: has no label map. Put one of the same name into {options.labels}.")
     try:
         ready = options.preprocessing.apply(image)
     except IntensityError as error:
-        raise IntensityError(f"{case.image}: {error}") from error
-    target = options.preprocessing.apply_labels(Volume(classes, labels.affine), ready.grid).data
+        raise IntensityError(f"{case.where}: {error}") from error
+    target = options.preprocessing.apply_labels(Volume(classes[None], image.affine), ready.grid).data
     padded = _pad(torch.from_numpy(target if target.dtype == np.uint8 else target.astype(np.int32)), options.window, 0)
     return TrainingCase(
         _pad(torch.from_numpy(ready.data), options.window, options.preprocessing.outside),

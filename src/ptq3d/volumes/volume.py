@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ptq3d.errors import GeometryError, ShapeError
+from ptq3d.volumes.source import Source
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -131,7 +131,7 @@ def grid_distance(first: Affine, second: Affine, shape: Shape) -> float:
     return float(np.abs(moved - corners).max())
 
 
-def require_same_grid(image: Volume, label: Volume, *, image_path: Path, label_path: Path) -> None:
+def require_same_grid(image: Volume, label: Volume, *, image_path: Source, label_path: Source) -> None:
     """Refuse an image and labels whose voxels do not lie in the same places.
 
     Args:

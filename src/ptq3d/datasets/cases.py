@@ -1,0 +1,135 @@
+"""A case: the images of one patient, and the label map or masks that belong to them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from ptq3d.datasets.label_map import LabelMap
+from ptq3d.volumes.files import load_image, load_labels
+from ptq3d.volumes.source import Source, digest
+from ptq3d.volumes.volume import Volume, require_same_grid
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A file whose voxels above 0 are one class.
+
+    Attributes:
+        path: a volume file.
+        value: of the class in the label map that the masks are merged into.
+    """
+
+    path: Path
+    value: int
+
+
+@dataclass(frozen=True)
+class Case:
+    """One case of a data set.
+
+    Attributes:
+        name: unique in its data set; label maps are written under it.
+        images: one source a channel.
+        labels: a label map, or masks that are merged into one (where two overlap, the later one wins), or None.
+        split: "train", "val", "test", or "" where the data set does not say.
+    """
+
+    name: str
+    images: tuple[Source, ...]
+    labels: Path | tuple[Mask, ...] | None = None
+    split: str = ""
+
+    @property
+    def where(self) -> str:
+        """The first image, for messages."""
+        return str(self.images[0])
+
+    @property
+    def label_files(self) -> tuple[Path, ...]:
+        """Every file that labels are read from."""
+        if self.labels is None:
+            return ()
+        return (self.labels,) if isinstance(self.labels, Path) else tuple(mask.path for mask in self.labels)
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of the images' files; of one file, that file's own.
+
+        Raises:
+            OSError: a file cannot be read.
+        """
+        return digest(*self.images)
+
+    def unlabelled(self) -> Case:
+        """The same case without labels."""
+        return replace(self, labels=None)
+
+
+def read_image(case: Case) -> Volume:
+    """All channels of a case.
+
+    Returns:
+        (C, X, Y, Z) float32 on the grid of the first channel.
+
+    Raises:
+        FileError, GeometryError, IntensityError: see `load_image`.
+        GeometryError: channels lie on different grids.
+    """
+    first, *others = (load_image(source) for source in case.images)
+    for other, source in zip(others, case.images[1:], strict=True):
+        require_same_grid(first, other, image_path=case.images[0], label_path=source)
+    return Volume(np.concatenate([first.data, *(other.data for other in others)]), first.affine) if others else first
+
+
+def read_labels(case: Case) -> Volume | None:
+    """The label map of a case, values as in the file; masks are merged into one; None without labels.
+
+    Returns:
+        (1, X, Y, Z) uint8 or uint16.
+
+    Raises:
+        FileError, GeometryError, LabelError: see `load_labels`.
+        GeometryError: masks lie on different grids.
+    """
+    if case.labels is None:
+        return None
+    if isinstance(case.labels, Path):
+        return load_labels(case.labels)
+    return _merged(case.labels)
+
+
+def _merged(masks: tuple[Mask, ...]) -> Volume:
+    """One label map of masks that lie on one grid."""
+    first, *others = masks
+    merged = _painted(None, first, first)
+    for mask in others:
+        merged = _painted(merged, mask, first)
+    return merged
+
+
+def _painted(onto: Volume | None, mask: Mask, first: Mask) -> Volume:
+    """`onto` with the voxels of a mask in its value; the first mask begins a map."""
+    found = load_labels(mask.path)
+    if onto is None:
+        onto = Volume(np.zeros(found.data.shape, np.uint16), found.affine)
+    require_same_grid(onto, found, image_path=first.path, label_path=mask.path)
+    onto.data[found.data > 0] = mask.value
+    return onto
+
+
+def true_classes(case: Case, image: Volume, label_map: LabelMap) -> np.ndarray | None:
+    """(X, Y, Z) classes of a case's labels, None where it has none.
+
+    Raises:
+        GeometryError: the label map lies on another grid than the image.
+        LabelError: it holds values outside the classes.
+    """
+    labels = read_labels(case)
+    if labels is None:
+        return None
+    where = case.label_files[0]
+    require_same_grid(image, labels, image_path=case.images[0], label_path=where)
+    return label_map.apply(labels.data[0], where=where)

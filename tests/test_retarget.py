@@ -14,6 +14,7 @@ from ptq3d.engines import reference
 from ptq3d.engines.base import EngineOptions
 from ptq3d.graphs.files import load_graph
 from ptq3d.manifest import embedded
+from ptq3d.volumes.source import sha256
 
 
 @pytest.fixture

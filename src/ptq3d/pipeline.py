@@ -156,10 +156,8 @@ def case_windows(
     for case, share in zip(used, calibration.shares(number, len(used)), strict=True):
         image = prepared.apply(read_image(case))
         labels = read_labels(case)
-        if labels is None:
-            foreground = image.data[0] > image.data[0].mean()
-        else:
-            foreground = prepared.apply_labels(labels, image.grid).data[0] > 0
+        bright = image.data[0] > image.data[0].mean()
+        foreground = bright if labels is None else prepared.apply_labels(labels, image.grid).data[0] > 0
         hashes[case.name] = case.digest
         for piece in calibration.draw_windows(image.data, window, share, foreground=foreground, generator=generator):
             yield piece[None]

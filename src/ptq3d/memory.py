@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 STATUS = Path("/proc/self/status")
+MACHINE = Path("/proc/meminfo")
 
 
 def peak_memory_bytes() -> int:
@@ -24,6 +25,16 @@ def peak_memory_bytes() -> int:
 def resident_bytes() -> int:
     """The memory this process holds now; where the system does not say, the most it ever held."""
     return _status("VmRSS") if STATUS.exists() else peak_memory_bytes()
+
+
+def available_bytes() -> int:
+    """The memory that the machine could give to new work; where it does not say, half of what it has."""
+    if MACHINE.exists():
+        lines = MACHINE.read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024
+    import os
+
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def _status(key: str) -> int:

@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from grids import affines, noise, orientations, shapes, spacings
 from ptq3d.head import Head, classifier
 from ptq3d.labelling import labels_of, labels_on
 from ptq3d.volumes.preprocessing import Preprocessing
 from ptq3d.volumes.resample import resample_onto
 from ptq3d.volumes.volume import Grid, Volume
 from ptq3d.windows import Windowing, blend, slabs
-from volumes.grids import affines, noise, orientations, shapes, spacings
 
 TIE = 1e-4  # logits of spread 3: rounding of float32 moves them by less
 CPU = torch.device("cpu")

@@ -13,13 +13,13 @@ from time import perf_counter
 import numpy as np
 
 from ptq3d.artefacts import cached_artefact
+from ptq3d.data import find_data, judged_by
 from ptq3d.datasets.cases import Case, read_image, true_classes
-from ptq3d.datasets.folders import find_cases
 from ptq3d.datasets.label_map import LabelMap
 from ptq3d.engines import get_backend
 from ptq3d.engines.base import Engine, EngineOptions
 from ptq3d.engines.joined import Ensemble, Mirrored
-from ptq3d.errors import EngineError, LabelError, OptionError, Ptq3dError
+from ptq3d.errors import EngineError, OptionError, Ptq3dError
 from ptq3d.evaluation.metrics import dice_per_class
 from ptq3d.manifest import Manifest
 from ptq3d.memory import peak_memory_bytes, resident_bytes
@@ -27,9 +27,9 @@ from ptq3d.options import CaseOptions, DeployOptions
 from ptq3d.pipeline import preprocessing_of
 from ptq3d.predict import Answer, Prepared, estimated_bytes, predict_labels, prepared_case, require_memory
 from ptq3d.progress import bar
-from ptq3d.volumes.files import load_grid, save_labels
+from ptq3d.volumes.files import load_grid
 from ptq3d.volumes.preprocessing import Preprocessing
-from ptq3d.volumes.source import place_of
+from ptq3d.writing import Writing
 
 STREAMS = 2  # windows in the network at a time, so that one goes on while the other's answer is blended
 log = logging.getLogger("ptq3d")
@@ -154,15 +154,23 @@ def deploy(options: DeployOptions) -> tuple[CaseResult, ...]:
     first, *others = (_prepared(model, options) for model in (options.model, *options.ensemble))
     deployment = replace(first, tta=options.tta, others=tuple(others))
     _require_alike(deployment, options.ensemble)
-    cases = find_cases(options.data, options.labels, required_labels=options.labels is not None)
-    label_map = truth_map(options.label_map, deployment.manifest)
+    found = find_data(options.data, options.labels, split=options.split, series=options.series)
+    cases, label_map = judged_by(found, deployment.manifest, labels=options.labels, label_map=options.label_map)
     warn_of_calibration_cases(deployment.manifest, cases)
     output = options.output or Path(f"segmentations-{options.model.name.removesuffix('.onnx')}")
+    writing = Writing(output, options.output_type, deployment.manifest.labels, _algorithm(deployment.manifest))
     plan = CaseOptions(restore=options.restore, crop=options.crop, skip_empty=options.skip_empty)
     limit = None if options.max_memory is None else round(options.max_memory * 1e9)
     return deploy_cases(
-        deployment, cases, output, label_map=label_map, options=plan, max_memory_bytes=limit, quiet=options.quiet
+        deployment, cases, writing, label_map=label_map, options=plan, max_memory_bytes=limit, quiet=options.quiet
     )
+
+
+def _algorithm(manifest: Manifest) -> str:
+    """Who makes the labels, in the words of a DICOM object."""
+    from ptq3d.version import __version__
+
+    return f"ptq3d {__version__} {manifest.network} {manifest.engine['name']}"
 
 
 def _prepared(model: Path, options: DeployOptions) -> Deployment:
@@ -188,22 +196,6 @@ def _require_alike(deployment: Deployment, models: Iterable[Path]) -> None:
                 )
 
 
-def truth_map(path: Path | None, manifest: Manifest) -> LabelMap:
-    """From values of label files to classes of the network.
-
-    Raises:
-        LabelError: the map has another number of classes than the network.
-    """
-    if path is None:
-        return LabelMap.identity(manifest.labels)
-    label_map = LabelMap.load(path)
-    if len(label_map.names) != manifest.classes:
-        raise LabelError(
-            f"{path} names {len(label_map.names)} classes, the network gives {manifest.classes}. Give the map of this network."
-        )
-    return label_map
-
-
 def warn_of_calibration_cases(manifest: Manifest, cases: Iterable[Case]) -> None:
     """Say which cases the engine was calibrated on: figures on them are not of unseen data."""
     calibrated = set(manifest.quantization.get("calibration_cases", {}).values())
@@ -217,14 +209,14 @@ def warn_of_calibration_cases(manifest: Manifest, cases: Iterable[Case]) -> None
 def deploy_cases(
     deployment: Deployment,
     cases: list[Case],
-    output: Path,
+    writing: Writing,
     *,
     label_map: LabelMap,
     options: CaseOptions | None = None,
     max_memory_bytes: int | None = None,
     quiet: bool = False,
 ) -> tuple[CaseResult, ...]:
-    """Segment `cases` into `output`/<name>.nii.gz: the next is read and the last is written while one is in the network.
+    """Segment `cases` and write their labels: the next is read and the last is written while one is in the network.
 
     With one thread the steps follow one another.
 
@@ -237,12 +229,10 @@ def deploy_cases(
     import torch  # before the first case is timed
 
     for case in cases:
-        for given in (*map(place_of, case.images), *case.label_files):
-            if _output_of(case, output).resolve() == given.resolve():
-                raise OptionError(f"{given} is an input and would be overwritten. Choose another --output.")
+        writing.require_possible(case)
     if deployment.options.threads:
         torch.set_num_threads(deployment.options.threads)
-    flow = _Flow(deployment, output, label_map, options or CaseOptions(), quiet)
+    flow = _Flow(deployment, writing, label_map, options or CaseOptions(), quiet)
     beside = deployment.options.threads != 1
     with (
         deployment.open(streams=STREAMS if beside else 1) as engine,
@@ -261,10 +251,6 @@ def deploy_cases(
             if not beside:
                 results[-1].result()
         return tuple(result.result() for result in results)
-
-
-def _output_of(case: Case, output: Path) -> Path:
-    return output / f"{case.name}.nii.gz"
 
 
 def _require_memory(deployment: Deployment, engine: Engine, cases: list[Case], limit: int) -> None:
@@ -295,7 +281,7 @@ class _Flow:
     """The three steps of a case; each passes on what an earlier one failed with."""
 
     deployment: Deployment
-    output: Path
+    writing: Writing
     label_map: LabelMap
     options: CaseOptions
     quiet: bool
@@ -332,12 +318,12 @@ class _Flow:
 
     def write(self, found: _Case) -> CaseResult:
         """From labels to their file, whole or not at all, and Dice where the truth is known."""
-        path = _output_of(found.case, self.output)
+        path = self.writing.path_of(found.case)
         if found.answer is None:
             return CaseResult(found.case.name, path, found.seconds, error=found.error)
         start = perf_counter()
         try:
-            save_labels(path, found.answer.labels)
+            self.writing.write(found.case, found.answer.labels)
         except (Ptq3dError, MemoryError) as error:
             return CaseResult(found.case.name, path, found.seconds, error=_ended(error))
         seconds = {**found.seconds, "write": perf_counter() - start}

@@ -48,9 +48,11 @@ class TrainOptions(Common):
     """Train a network of the zoo on folders of images and labels."""
 
     data: Annotated[Path, arg(aliases=["--data-path"])]
-    """Folder of images."""
-    labels: Annotated[Path, arg(aliases=["--label-path"])]
-    """Folder of label maps, paired with the images by name."""
+    """A data set in one of the known layouts, or a folder of images."""
+    labels: Annotated[Path | None, arg(aliases=["--label-path"])] = None
+    """Folder of label maps, paired with the images by name; or the name of one of the data set's own segmentations."""
+    split: str | None = None
+    """Of the data set, or all; default: train where it has such a split."""
     model: Annotated[str, arg(aliases=["--net"])] = "unet"
     """Architecture: unet, transunet, nnunet, unest, swinunetr, segresnet, vista3d, stunet_s, stunet_b, stunet_l or stunet_h."""
     output_dir: Path = Path("runs/train")
@@ -142,11 +144,15 @@ class CalibrateOptions(Common):
     """Draw calibration windows from volumes into a .npy or .npz file."""
 
     data: Annotated[Path, arg(aliases=["--data-path"])]
-    """A volume or a folder of volumes; labels are not needed."""
+    """A volume, a DICOM series, a folder or a data set in one of the known layouts; labels are not needed."""
     output: Annotated[Path, arg(aliases=["--output-path"])]
     """The .npz (with the names and hashes of the cases) or .npy file to write."""
     labels: Annotated[Path | None, arg(aliases=["--label-path"])] = None
     """Label maps: windows are then centred on labelled voxels."""
+    split: str | None = None
+    """Of the data set, or all; default: train where it has such a split."""
+    series: str | None = None
+    """Which DICOM series: its number, UID or a part of its description."""
     onnx_path: Annotated[Path | None, arg(aliases=["--onnx"])] = None
     """The network to calibrate: gives window, channels and preprocessing."""
     preprocessing: str | None = None
@@ -234,9 +240,15 @@ class DeployOptions(Common):
     model: Annotated[Path, arg(aliases=["--onnx-path", "--engine-path"])]
     """An engine folder, or an ONNX file (built once and cached)."""
     data: Annotated[Path, arg(aliases=["--data-path"])]
-    """A volume or a folder of volumes."""
+    """A volume, a DICOM series (folder or zip), a folder of these, a data set in one of the known layouts, or a list of cases."""
     output: Annotated[Path | None, arg(aliases=["--output-dir"])] = None
     """Folder for the label maps; default: segmentations-<model>."""
+    output_type: Literal["nifti", "nrrd", "dicom_seg", "dicom_rtstruct"] = "nifti"
+    """What is written; the DICOM objects refer to the series that was segmented."""
+    split: str | None = None
+    """Of the data set; default: all cases."""
+    series: str | None = None
+    """Which DICOM series: its number, UID, or a part of its description; all for every one."""
     labels: Annotated[Path | None, arg(aliases=["--label-path"])] = None
     """True label maps, for Dice."""
     label_map: Path | None = None

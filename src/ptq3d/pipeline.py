@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ptq3d.data import find_data, with_labels, without_labels
 from ptq3d.datasets.cases import Case, read_image, read_labels
-from ptq3d.datasets.folders import find_cases
+from ptq3d.datasets.dataset import Dataset
 from ptq3d.datasets.label_map import LabelMap
+from ptq3d.datasets.layouts import open_dataset
 from ptq3d.errors import LabelError, OptionError
 from ptq3d.graphs.files import load_graph, static_input_shape
 from ptq3d.manifest import embedded
@@ -88,7 +90,8 @@ def calibrate(options: CalibrateOptions) -> Written:
         OptionError: nothing says how to prepare the volumes.
     """
     prepared, window = _calibration_setting(options)
-    cases = find_cases(options.data, options.labels, required_labels=options.labels is not None)
+    found = find_data(options.data, options.labels, split=options.split, usual=("train",), series=options.series)
+    cases = list((found if options.labels is not None else without_labels(found)).cases)
     _warn_of_test_cases(cases, options.test_data or _test_sibling(options.data))
     hashes: dict[str, str] = {}
     with bar("Calibrate", quiet=options.quiet) as progress:
@@ -128,7 +131,7 @@ def _test_sibling(data: Path) -> Path | None:
 def _warn_of_test_cases(cases: Iterable[Case], test: Path | None) -> None:
     if test is None:
         return
-    tested = {case.digest: case.where for case in find_cases(test)}
+    tested = {case.digest: case.where for case in open_dataset(test).cases}
     for case in cases:
         twin = tested.get(case.digest)
         if twin is not None:
@@ -175,15 +178,15 @@ def train(options: TrainOptions) -> TrainingResult:
     from ptq3d.training import TrainingOptions
     from ptq3d.training import train as run
 
+    found = with_labels(find_data(options.data, options.labels, split=options.split, usual=("train",)), options.labels)
     prepared = preprocessing_of(options.preprocessing)
     if options.spacing is not None:
         prepared = replace(prepared, spacing=options.spacing)
     return run(
         TrainingOptions(
-            images=options.data,
-            labels=options.labels,
+            cases=found.cases,
             output_dir=options.output_dir,
-            label_map=_training_map(options),
+            label_map=_training_map(options, found),
             preprocessing=prepared,
             architecture=options.model,
             channels=options.channels,
@@ -205,10 +208,12 @@ def train(options: TrainOptions) -> TrainingResult:
     )
 
 
-def _training_map(options: TrainOptions) -> LabelMap:
+def _training_map(options: TrainOptions, found: Dataset) -> LabelMap:
     from ptq3d.datasets.phantoms import BTCV_ORGANS
 
     if options.label_map is not None:
         return LabelMap.load(options.label_map)
+    if found.label_map is not None and options.num_classes in (None, len(found.label_map.names)):
+        return found.label_map
     classes = options.num_classes or len(BTCV_ORGANS)
     return LabelMap.identity(class_names(None, None, classes))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from ptq3d.datasets.folders import find_cases
+from ptq3d.data import find_data, without_labels
 from ptq3d.errors import GraphError, OptionError
 from ptq3d.exporting import BELONGS_TO, ONNX, SOURCES, described, export, source_of
 from ptq3d.graphs.files import load_graph, save_graph, static_input_shape
@@ -282,13 +282,13 @@ def _windows_for(
     data = options.calibration_data
     if data is None:
         raise OptionError(NO_DATA)
-    if data.is_dir() or data.name.endswith((".nii", ".nii.gz")):
+    if data.suffix not in calibration.SUFFIXES:
         if manifest.preprocessing is None:
             raise OptionError(
                 "volumes are given, but nothing says how to prepare them. Give --preprocessing btcv | FILE."
             )
         hashes: dict[str, str] = {}
-        cases = find_cases(data)
+        cases = list(without_labels(find_data(data, usual=("train",))).cases)
         size = (window[0], window[1], window[2])
         prepared = manifest.preprocessing
         drawn = case_windows(cases, prepared, size, options.number, seed=options.seed, hashes=hashes)

@@ -11,9 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ptq3d.data import find_data, judged_by, without_labels
 from ptq3d.datasets.cases import Case
-from ptq3d.datasets.folders import find_cases
-from ptq3d.deployment import truth_map
+from ptq3d.datasets.dataset import Dataset
+from ptq3d.datasets.label_map import LabelMap
 from ptq3d.engines import BACKENDS
 from ptq3d.errors import BudgetError, OptionError
 from ptq3d.evaluation.figures import draw_sensitivity, require_matplotlib
@@ -54,10 +55,10 @@ def quantize(options: QuantizeOptions) -> Written:
     options = with_onnx(options)
     if options.retarget is not None or (options.validation_data is None and not options.guard):
         return quantize_plainly(options)
-    cases = _cases(options)
+    data = _validation(options)
     found = observed(options)
     why = dict[str, str]()
-    with _judge(options, found, cases) as judge:
+    with _judge(options, found, data) as judge:
         start, evidence = settled(options, found, judge.engines)
         recipe = start
         if options.guard:
@@ -103,9 +104,9 @@ def sensitivity(options: SensitivityOptions) -> tuple[Sensitivity, ...]:
     if options.figure is not None:
         require_matplotlib()
     options = with_onnx(options)
-    cases = _cases(options)
+    data = _validation(options)
     found = observed(options)
-    with _judge(options, found, cases) as judge:
+    with _judge(options, found, data) as judge:
         measured = _sensitivities(judge, recipe_of(options), quiet=options.quiet)
     if options.figure is not None:
         _draw(options.figure, measured)
@@ -128,30 +129,39 @@ def _check_validation(options: QuantizeOptions) -> None:
         raise OptionError(f"--budget {options.budget}: a disagreement between 0 and 1 is wanted, e.g. 0.005.")
 
 
-def _cases(options: QuantizeOptions) -> list[Case]:
-    """The validation cases."""
+def _validation(options: QuantizeOptions) -> Dataset | None:
+    """The validation data; without labels unless they are named, since they decide what a budget means."""
     if options.validation_data is None:
-        return []
-    wanted = options.validation_labels is not None
-    return find_cases(options.validation_data, options.validation_labels, required_labels=wanted)
+        return None
+    found = find_data(options.validation_data, options.validation_labels, usual=("val", "test"))
+    return found if options.validation_labels is not None else without_labels(found)
 
 
 @contextmanager
-def _judge(options: QuantizeOptions, found: Calibrated, cases: list[Case]) -> Iterator[Judge]:
-    if cases:
-        _ = preprocessing_of_cases(found)
-        used = set(found.cases.values())
-        if not used:
-            log.warning(
-                "the calibration file does not say its cases: nobody checked that the validation volumes are others."
-            )
-        shared = [case.name for case in cases if case.digest in used]
-        if shared:
-            raise OptionError(
-                f"the validation case {shared[0]} was calibrated on, so it proves nothing. Give other volumes to --validation-data."
-            )
+def _judge(options: QuantizeOptions, found: Calibrated, data: Dataset | None) -> Iterator[Judge]:
+    cases, label_map = list[Case](), LabelMap.identity(found.manifest.labels)
+    if data is not None:
+        _require_unseen(found, data)
+        cases, label_map = judged_by(
+            data, found.manifest, labels=options.validation_labels, label_map=options.label_map
+        )
     with tempfile.TemporaryDirectory() as scratch:
-        yield Judge(found, options.target, cases, truth_map(options.label_map, found.manifest), Path(scratch))
+        yield Judge(found, options.target, cases, label_map, Path(scratch))
+
+
+def _require_unseen(found: Calibrated, data: Dataset) -> None:
+    """Refuse validation cases that were calibrated on, and data that nobody knows how to prepare."""
+    _ = preprocessing_of_cases(found)
+    used = set(found.cases.values())
+    if not used:
+        log.warning(
+            "the calibration file does not say its cases: nobody checked that the validation volumes are others."
+        )
+    shared = [case.name for case in data.cases if case.digest in used]
+    if shared:
+        raise OptionError(
+            f"the validation case {shared[0]} was calibrated on, so it proves nothing. Give other volumes to --validation-data."
+        )
 
 
 def _guarded(judge: Judge, recipe: Recipe, *, quiet: bool) -> tuple[Recipe, dict[str, Any]]:

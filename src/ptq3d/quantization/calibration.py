@@ -25,6 +25,7 @@ Window = npt.NDArray[np.float32]
 AT_ONCE = 3 << 30  # bytes of observed tensors; the runtime needs several times as much to hand them over
 LEAST_AT_ONCE = 1 << 30  # of a network whose weights fill the memory
 OBSERVED: Precision = "bf16"  # ranges and moments need no more, and half the time where the processor has it
+SUFFIXES = (".npy", ".npz")
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def save_windows(path: Path, windows: Iterable[Window], number: int, cases: Mapp
         FileError: another suffix.
         CalibrationError: no window is asked for.
     """
-    if path.suffix not in (".npy", ".npz"):
+    if path.suffix not in SUFFIXES:
         raise FileError(f"{path}: calibration windows go into a .npy or .npz file.")
     if number < 1:
         raise CalibrationError(f"{number} calibration windows are asked for; at least one is needed.")

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ptq3d.datasets.cases import Case, read_image, true_classes
-from ptq3d.datasets.folders import find_cases
 from ptq3d.errors import IntensityError, LabelError, OptionError
 from ptq3d.training.options import TrainingOptions
 from ptq3d.volumes.volume import Volume
@@ -34,12 +33,12 @@ class TrainingCase:
 
 
 def read_cases(options: TrainingOptions) -> list[TrainingCase]:
-    """Every case of the two folders, ready to cut windows from.
+    """Every case, ready to cut windows from.
 
     Raises:
         FileError, GeometryError, IntensityError, LabelError: a case cannot be used; the message names its file.
     """
-    return [read_case(case, options) for case in find_cases(options.images, options.labels, required_labels=True)]
+    return [read_case(case, options) for case in options.cases]
 
 
 def read_case(case: Case, options: TrainingOptions) -> TrainingCase:
@@ -51,7 +50,7 @@ def read_case(case: Case, options: TrainingOptions) -> TrainingCase:
     image = read_image(case)
     classes = true_classes(case, image, options.label_map)
     if classes is None:
-        raise LabelError(f"{case.where}: has no label map. Put one of the same name into {options.labels}.")
+        raise LabelError(f"{case.where}: has no label map.")
     try:
         ready = options.preprocessing.apply(image)
     except IntensityError as error:
@@ -99,7 +98,7 @@ def split_cases(
     validation, training = ([cases[index] for index in sorted(part)] for part in (order[:count], order[count:]))
     if not any(len(centres) for case in training for centres in case.centres[1:]):
         raise LabelError(
-            f"{options.labels}: no training case has a voxel of any class but {options.label_map.names[0]}. "
+            f"no training case has a voxel of any class but {options.label_map.names[0]}. "
             "Check which values stand for which class (`--label-map`)."
         )
     return training, validation

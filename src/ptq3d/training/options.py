@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from ptq3d.datasets.cases import Case
 from ptq3d.datasets.label_map import LabelMap
 from ptq3d.errors import OptionError
 from ptq3d.models import check_window
@@ -19,8 +20,7 @@ class TrainingOptions:
     """The whole choice of one training.
 
     Attributes:
-        images: folder of images.
-        labels: folder of their label maps, paired by name.
+        cases: images with their label maps.
         output_dir: receives `best.ckpt`, `last.ckpt` and TensorBoard's `logs/`.
         label_map: names of the classes, and which value in a label file is which class.
         preprocessing: what is done to a volume before the network sees it; written into the checkpoints.
@@ -45,8 +45,7 @@ class TrainingOptions:
         quiet: no progress bar.
     """
 
-    images: Path
-    labels: Path
+    cases: tuple[Case, ...]
     output_dir: Path
     label_map: LabelMap
     preprocessing: Preprocessing

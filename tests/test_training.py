@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ptq3d.training
+from ptq3d.datasets.folders import find_cases
 from ptq3d.datasets.label_map import LabelMap
 from ptq3d.errors import (
     CheckpointError,
@@ -73,8 +74,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def options(data: Path, output: Path, **changes: Any) -> TrainingOptions:
     base = TrainingOptions(
-        data / "images",
-        data / "labels",
+        tuple(find_cases(data / "images", data / "labels")),
         output,
         LabelMap.identity(NAMES),
         PREPROCESSING,
@@ -394,6 +394,13 @@ def test_data_that_cannot_be_used(damage: Any, error: type[InputError], message:
     with pytest.raises(error, match=message):
         train(options(tmp_path, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_case_without_labels_is_named(data: Path, tmp_path: Path) -> None:
+    chosen = options(data, tmp_path / "out")
+    unlabelled = (chosen.cases[0].unlabelled(), *chosen.cases[1:])
+    with pytest.raises(LabelError, match=r"img0000\.nii\.gz: has no label map"):
+        train(replace(chosen, cases=unlabelled))
 
 
 def test_an_image_that_a_rule_cannot_scale_is_named(tmp_path: Path) -> None:

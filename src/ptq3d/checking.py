@@ -10,22 +10,24 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ptq3d.data import find_data
 from ptq3d.datasets.cases import Case, read_image, read_labels
 from ptq3d.datasets.dataset import Dataset
 from ptq3d.datasets.label_map import LabelMap
 from ptq3d.errors import EngineError, InputError
 from ptq3d.memory import available_bytes
-from ptq3d.progress import Progress, silent
+from ptq3d.options import DataCheckOptions, DataShowOptions
+from ptq3d.progress import Progress, bar, silent
 from ptq3d.volumes.files import load_grid
 from ptq3d.volumes.resample import oriented_grid
-from ptq3d.volumes.volume import Volume, require_same_grid
+from ptq3d.volumes.volume import Volume, axcodes_of, require_same_grid
 
 Severity: TypeAlias = Literal["error", "warning"]
 OUTLIER = 3.0  # a spacing this many times the set's median, or less than its part, is likely a wrong header
@@ -110,6 +112,45 @@ class Checked:
         }
 
 
+def show(options: DataShowOptions) -> tuple[Dataset, list[tuple[str, ...]]]:
+    """What `--data` names, and a row of words for each case: name, split, channels, voxels, spacing, axes, labels.
+
+    Raises:
+        FileError, LabelError: see `find_data`.
+    """
+    found = find_data(options.data, options.labels, series=options.series)
+    return found, [_shown(case) for case in found.cases]
+
+
+def _shown(case: Case) -> tuple[str, ...]:
+    """A case by its headers."""
+    files = case.label_files
+    labels = "none" if not files else files[0].name if len(files) == 1 else f"{len(files)} masks"
+    try:
+        shape, affine = load_grid(case.images[0])
+    except InputError as error:
+        return case.name, case.split, str(len(case.images)), f"unreadable: {error}", "", "", labels
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    return (
+        case.name, case.split, str(len(case.images)), " x ".join(map(str, shape)),
+        " x ".join(f"{size:.3g}" for size in spacing), axcodes_of(affine), labels,
+    )  # fmt: skip
+
+
+def check(options: DataCheckOptions) -> Checked:
+    """The check of what `--data` names.
+
+    Raises:
+        FileError, LabelError: nothing to check is there, or the label map is no readable one.
+        EngineError: a reading process died.
+    """
+    found = find_data(options.data, options.labels, series=options.series)
+    if options.label_map is not None:
+        found = replace(found, label_map=LabelMap.load(options.label_map))
+    with bar("Check", quiet=options.quiet) as progress:
+        return check_dataset(found, progress=progress)
+
+
 def check_dataset(dataset: Dataset, *, progress: Progress = silent) -> Checked:
     """Read every case of a data set on all cores, and hold the cases against one another.
 
@@ -156,7 +197,12 @@ def _workers(cases: Sequence[Case]) -> int:
             (x, y, z), _ = load_grid(case.images[0])
             largest = max(largest, x * y * z * len(case.images))
     room = available_bytes() // (largest * BYTES_A_VOXEL)
-    return max(1, min(os.cpu_count() or 1, len(cases) // 4, room))
+    return max(1, min(_cores(), len(cases) // 4, room))
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def case_facts(case: Case, *, label_map: LabelMap | None = None) -> CaseFacts:

@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from tyro.conf import subcommand
 
-from ptq3d.errors import Ptq3dError
+from ptq3d.errors import FileError, Ptq3dError
 from ptq3d.options import (
     BuildOptions,
     CalibrateOptions,
     Common,
     CompareOptions,
+    DataCheckOptions,
+    DataOptions,
+    DataShowOptions,
     DemoOptions,
     DeployOptions,
     ExportOptions,
@@ -37,6 +40,34 @@ if TYPE_CHECKING:
     from ptq3d.deployment import CaseResult
 
 MEGABYTE = 1e6
+
+
+def show_data(options: DataShowOptions) -> None:
+    """Run `ptq3d data show`."""
+    found, cases = _verb("ptq3d.checking", "show")(options)
+    table = _table("case", "split", "channels", "voxels", "spacing mm", "axes", "labels")
+    for case in cases:
+        table.add_row(*case)
+    _show(options, table)
+    for one in found.ignored:
+        _say(options, f"  ignored: {one.path} ({one.reason})")
+    _report(options, found.to_dict())
+
+
+def check_data(options: DataCheckOptions) -> None:
+    """Run `ptq3d data check`."""
+    checked = _verb("ptq3d.checking", "check")(options)
+    table = _table("", "case", "what", "found", right=False)
+    for problem in checked.problems:
+        table.add_row(problem.severity, problem.case or "all", problem.kind, problem.text)
+    if checked.problems:
+        _show(options, table)
+    warnings = len(checked.problems) - checked.errors
+    _report(options, checked.to_dict())
+    told = f"{len(checked.cases)} cases read, {checked.errors} errors, {warnings} warnings"
+    if checked.errors:
+        raise FileError(f"{options.data} is not fit for use: {told}.")
+    _say(options, told)
 
 
 def train(options: TrainOptions) -> None:
@@ -187,6 +218,8 @@ def demo(options: DemoOptions) -> None:
 
 
 VERBS: Mapping[type[Common], Callable[..., None]] = {
+    DataShowOptions: show_data,
+    DataCheckOptions: check_data,
     TrainOptions: train,
     ExportOptions: export,
     CalibrateOptions: calibrate,
@@ -200,7 +233,8 @@ VERBS: Mapping[type[Common], Callable[..., None]] = {
 }
 
 Command = (
-    Annotated[TrainOptions, subcommand("train")]
+    Annotated[DataOptions, subcommand("data")]
+    | Annotated[TrainOptions, subcommand("train")]
     | Annotated[ExportOptions, subcommand("export")]
     | Annotated[CalibrateOptions, subcommand("calibrate")]
     | Annotated[QuantizeOptions, subcommand("quantize")]
@@ -224,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = tyro.cli(
         Command, args=given, prog="ptq3d", description=DESCRIPTION, config=(tyro.conf.FlagCreatePairsOff,)
     )
-    return run(options)
+    return run(options.verb if isinstance(options, DataOptions) else options)
 
 
 DESCRIPTION = (

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import Positional, UseAppendAction, arg
+from tyro.conf import Positional, UseAppendAction, arg, subcommand
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Sizes = tuple[int, int, int]
@@ -41,6 +41,35 @@ class CaseOptions:
     restore: Literal["logits", "labels"] = "logits"
     crop: Literal["none", "foreground"] = "none"
     skip_empty: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataShowOptions(Common):
+    """Say what a folder holds, by names and headers alone: layout, cases, labels, grids, and what was left out and why."""
+
+    data: Positional[Path]
+    """A data set in one of the known layouts, a folder of volumes or DICOM series, a single one, or a list of cases."""
+    labels: Annotated[Path | None, arg(aliases=["--label-path"])] = None
+    """Label maps, where they do not lie in the data set; or the name of one of its own segmentations."""
+    series: str | None = None
+    """Which DICOM series: its number, UID or a part of its description; all for every one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataCheckOptions(DataShowOptions):
+    """Read every case of a data set, and say what is wrong with it: unreadable files, labels on another grid or of no class, odd
+    spacings, copies, leaks between splits. Exits with 2 where anything makes the set unfit for use.
+    """
+
+    label_map: Path | None = None
+    """JSON with the ids of each class in the label files, where the data set does not name them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Look at the data before anything is done with it."""
+
+    verb: Annotated[DataShowOptions, subcommand("show")] | Annotated[DataCheckOptions, subcommand("check")]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -60,14 +60,19 @@ class Volume:
     @property
     def orientation(self) -> str:
         """The direction each axis points to, such as "RAS" or "LPS"; for an oblique grid the closest one."""
-        import nibabel
-
-        return "".join(nibabel.orientations.aff2axcodes(self.affine))
+        return axcodes_of(self.affine)
 
     @property
     def grid(self) -> Grid:
         """Shape and affine, without the voxels."""
         return self.shape, self.affine
+
+
+def axcodes_of(affine: Affine) -> str:
+    """The direction each axis points to, such as "RAS" or "LPS"; for an oblique grid the closest one."""
+    import nibabel
+
+    return "".join(nibabel.orientations.aff2axcodes(affine))
 
 
 def require_array(data: NDArray[Any]) -> None:

@@ -72,9 +72,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def options(data: Path, output: Path, **changes: Any) -> TrainingOptions:
+def options(data: Path | None, output: Path, **changes: Any) -> TrainingOptions:
     base = TrainingOptions(
-        tuple(find_cases(data / "images", data / "labels")),
+        () if data is None else tuple(find_cases(data / "images", data / "labels")),
         output,
         LabelMap.identity(NAMES),
         PREPROCESSING,
@@ -228,7 +228,7 @@ def test_silent_without_a_terminal(data: Path, tmp_path: Path, capfd: pytest.Cap
 )
 @settings(max_examples=50, deadline=None)
 def test_epochs_add_up_to_the_steps(steps: int, cases: int, windows: int, batch: int, processes: int) -> None:
-    chosen = options(Path(), Path(), max_steps=steps, windows_per_case=windows, batch_size=batch)
+    chosen = options(None, Path(), max_steps=steps, windows_per_case=windows, batch_size=batch)
     by_steps = schedule_of(chosen, cases, processes)
     lengths = [by_steps.steps_of(epoch) for epoch in range(by_steps.epochs)]
     assert sum(lengths) == steps == by_steps.steps

@@ -6,7 +6,6 @@ table `dseg.tsv`).
 
 from __future__ import annotations
 
-import csv
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from ptq3d.datasets.contents import contents, is_file, is_folder, stem
 from ptq3d.datasets.dataset import Dataset, Ignored, arranged
 from ptq3d.datasets.folders import with_choices
 from ptq3d.datasets.label_map import LabelMap
+from ptq3d.datasets.rows import read_rows
 from ptq3d.errors import FileError, LabelError
 
 LAYOUT = "BIDS"
@@ -243,15 +243,11 @@ def _describes(table: Path, label: _Named) -> bool:
 
 def _label_map(table: Path) -> LabelMap:
     """Classes of a table with the columns "index" and "name"; background where it names none."""
+    rows = read_rows(table, columns=("index", "name"), delimiter="\t")
     try:
-        with table.open(encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file, delimiter="\t"))
         names = {0: "background", **{int(row["index"]): row["name"] for row in rows}}
-    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
-        raise FileError(
-            f"{table}: wanted a table with the columns index and name, set apart by tabs "
-            f"({type(error).__name__}: {error}); mend it."
-        ) from error
+    except (KeyError, ValueError) as error:
+        raise FileError(f"{table}: wanted a whole number and a name in each row ({error}); mend the table.") from error
     values = sorted(names)
     if values[0] < 0 or values[-1] > 65535:
         raise FileError(f"{table}: an index must be in 0..65535, got {values[0]}..{values[-1]}; mend the table.")

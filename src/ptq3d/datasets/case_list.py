@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Iterator
 from pathlib import Path
 
-from ptq3d.datasets.cases import Case
 from ptq3d.datasets.contents import is_file
 from ptq3d.datasets.dataset import Dataset, arranged
 from ptq3d.datasets.dataset_json import LISTS, case_of, channel_names, label_map, listed, read_json
 from ptq3d.datasets.label_map import LabelMap
+from ptq3d.datasets.rows import read_rows
 from ptq3d.errors import FileError
 
 LAYOUT = "list of cases"
@@ -38,7 +36,10 @@ def find(root: Path) -> Dataset | None:
     if root.suffix.lower() not in SUFFIXES or not is_file(root):
         return None
     if root.suffix.lower() != ".json":
-        return Dataset(LAYOUT, root, arranged(_rows(root)))
+        rows = read_rows(root)
+        if rows and not {"image", "image_0"} & set(rows[0]):
+            raise FileError(f"{root}: wanted a column 'image' (or image_0, image_1, ...), got {list(rows[0])}; add it.")
+        return Dataset(LAYOUT, root, arranged(case_of(row, root.parent.joinpath, where=root) for row in rows))
     return _of_json(root)
 
 
@@ -56,25 +57,3 @@ def _of_json(root: Path) -> Dataset:
         wanted = 'a list of {"image": path, "label": path}, or {"training": [...]}'
         raise FileError(f"{root}: wanted {wanted}, got {table!r:.200}; mend the list.")
     return Dataset(LAYOUT, root, arranged(cases), label_map=classes, channels=channels)
-
-
-def _rows(root: Path) -> Iterator[Case]:
-    """The cases of a CSV table."""
-    try:
-        with root.open(encoding="utf-8-sig", newline="") as file:
-            header = file.readline()
-            file.seek(0)
-            rows = list(csv.reader(file, delimiter=max(",;\t", key=header.count)))
-    except (OSError, ValueError, csv.Error) as error:
-        raise FileError(f"{root} is no readable table ({type(error).__name__}: {error}); mend it.") from error
-    columns = [cell.strip().lower() for cell in rows[0]] if rows else []
-    if len(set(columns)) < len(columns) or not {"image", "image_0"} & set(columns):
-        raise FileError(
-            f"{root}: wanted a header with the column 'image' (or image_0, image_1, ...) and perhaps label, name, split, "
-            f"each once; got {columns}."
-        )
-    for number, row in enumerate(rows[1:], start=2):
-        if len(row) > len(columns):
-            raise FileError(f"{root}: row {number} has {len(row)} cells under {len(columns)} columns; mend the row.")
-        if any(cell.strip() for cell in row):
-            yield case_of(dict(zip(columns, row, strict=False)), root.parent.joinpath, where=root)

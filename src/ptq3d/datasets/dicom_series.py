@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ptq3d.datasets.cases import Case
-from ptq3d.datasets.contents import Contents, contents, is_file, is_folder, looks_like_dicom
+from ptq3d.datasets.contents import DICOM_INDEX, Contents, contents, is_file, is_folder, looks_like_dicom
 from ptq3d.datasets.dataset import Dataset, Ignored, arranged
 from ptq3d.volumes.source import Source
 
@@ -17,7 +17,8 @@ def find(root: Path, series: str | None = None) -> Dataset | None:
     """The series of a place, or of each subfolder and zip in it, as cases.
 
     Args:
-        root: a folder with DICOM files directly in it, a .zip or .dcm file; or a folder of such folders and zips.
+        root: a folder with DICOM files (or a DICOMDIR) directly in it, a .zip or .dcm file; or a folder of such
+            folders and zips.
         series: which one of several in one place, as `ptq3d.volumes.dicom.only_series` takes it; "all" for each of
             them, whose cases are then named with a number.
 
@@ -54,8 +55,9 @@ def _places(root: Path) -> tuple[list[Path], tuple[Ignored, ...]]:
     if found.volumes:
         return [], ()
     slices = [path for path in found.others if looks_like_dicom(path)]
-    if slices:
-        return [root], found.unused(slices)
+    index = [path for path in found.others if path.name.upper() == DICOM_INDEX]
+    if slices or index:
+        return [root], found.unused([*slices, *index, *(found.folders if index else ())])
     places = [folder for folder in found.folders if _holds_dicom(folder)]
     places += [path for path in found.others if path.suffix.lower() == ".zip"]
     left = tuple(

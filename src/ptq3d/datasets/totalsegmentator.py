@@ -6,7 +6,6 @@ Source: Wasserthal et al. 2023, TotalSegmentator; doi:10.5281/zenodo.10047292 (v
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from ptq3d.datasets.cases import Case, Mask
 from ptq3d.datasets.contents import Contents, contents, is_file, is_folder, stem
 from ptq3d.datasets.dataset import Dataset, Ignored, arranged, split_named
 from ptq3d.datasets.label_map import LabelMap
-from ptq3d.errors import FileError
+from ptq3d.datasets.rows import read_rows
 
 IMAGES = ("ct.nii.gz", "mri.nii.gz")
 META = "meta.csv"
@@ -145,13 +144,5 @@ def _splits(path: Path) -> dict[str, str]:
     """Subject -> split, of `meta.csv` (image_id;age;gender;...;split;...)."""
     if not is_file(path):
         return {}
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, delimiter=";")
-            rows = list(reader)
-    except (OSError, ValueError, csv.Error) as error:
-        raise FileError(f"{path} is no readable table ({type(error).__name__}: {error}); mend it.") from error
-    columns = reader.fieldnames or []
-    if not {"image_id", "split"} <= set(columns):
-        raise FileError(f"{path}: wanted the columns image_id and split, set apart by ';', got {list(columns)}.")
-    return {row["image_id"]: split_named(row["split"] or "", where=path) for row in rows}
+    rows = read_rows(path, columns=("image_id", "split"), delimiter=";")
+    return {row["image_id"]: split_named(row.get("split", ""), where=path) for row in rows}

@@ -115,7 +115,7 @@ def test_what_is_no_class_is_ignored_with_the_reason(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("image_id,age,split\r\ns0000,3,train\r\n", "set apart by ';'"),
-        ("", "wanted the columns image_id and split"),
+        ("", "wanted a header with the columns"),
         ("image_id;split\r\ns0000;holdout\r\n", "'holdout'"),
         (b"image_id;split\r\ns0000;\xff\r\n", "no readable table"),
     ],

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ptq3d.datasets.contents import contents, stem
 from ptq3d.datasets.dataset import Dataset
-from ptq3d.datasets.dataset_json import label_map, listed_inside, read_table
+from ptq3d.datasets.dataset_json import Listing, label_map, listed, read_table
 from ptq3d.datasets.label_map import LabelMap
 from ptq3d.datasets.split_folders import Part, of_parts, parts, with_splits
 
@@ -81,7 +81,7 @@ def _with_list(found: Dataset) -> Dataset | None:
         classes = label_map(table.get("labels"), where=path)
         if classes is not None and len(classes.names) != len(BTCV_ORGANS):
             return None
-        cases = listed_inside(table, found.root, where=path)
+        cases = listed(table, Listing(path))
         ignored = tuple(item for item in found.ignored if item.path != path)
         return with_splits(replace(found, ignored=ignored), {Path(case.where): case.split for case in cases})
     return found

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ptq3d.datasets.contents import is_file
 from ptq3d.datasets.dataset import Dataset, arranged
-from ptq3d.datasets.dataset_json import LISTS, case_of, channel_names, label_map, listed, read_json
+from ptq3d.datasets.dataset_json import LISTS, Listing, case_of, channel_names, label_map, listed, read_json
 from ptq3d.datasets.label_map import LabelMap
 from ptq3d.datasets.rows import read_rows
 from ptq3d.errors import FileError
@@ -39,7 +39,7 @@ def find(root: Path) -> Dataset | None:
         rows = read_rows(root)
         if rows and not {"image", "image_0"} & set(rows[0]):
             raise FileError(f"{root}: wanted a column 'image' (or image_0, image_1, ...), got {list(rows[0])}; add it.")
-        return Dataset(LAYOUT, root, arranged(case_of(row, root.parent.joinpath, where=root) for row in rows))
+        return Dataset(LAYOUT, root, arranged(case_of(row, Listing(root, own=True)) for row in rows))
     return _of_json(root)
 
 
@@ -48,9 +48,9 @@ def _of_json(root: Path) -> Dataset:
     classes: LabelMap | None = None
     channels: tuple[str, ...] = ()
     if isinstance(table, list):
-        cases = [case_of(item, root.parent.joinpath, where=root) for item in table]
+        cases = [case_of(item, Listing(root, own=True)) for item in table]
     elif isinstance(table, dict) and any(name in table for name in LISTS):
-        cases = list(listed(table, root.parent.joinpath, where=root))
+        cases = list(listed(table, Listing(root, own=True)))
         classes = label_map(table.get("labels"), where=root)
         channels = channel_names(table.get("modality"))
     else:

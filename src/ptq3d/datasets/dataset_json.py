@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -17,8 +18,30 @@ from ptq3d.datasets.pairing import case_name
 from ptq3d.errors import FileError, LabelError
 
 Table: TypeAlias = Mapping[str, Any]
-Locate: TypeAlias = Callable[[str], Path]
-"""From a path as it stands in a list to the file."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A file that lists cases, and where its paths may lead.
+
+    Attributes:
+        path: of the file; its paths are relative to its folder.
+        own: a list of the user's own, whose paths may lead anywhere, and to folders of DICOM; otherwise a data set's,
+            whose paths are files in its folder.
+    """
+
+    path: Path
+    own: bool = False
+
+    def locate(self, text: str) -> Path:
+        """The file that a path means.
+
+        Raises:
+            FileError: see `inside`.
+        """
+        root = self.path.parent
+        return root / text if self.own else inside(root, text, where=self.path)
+
 
 LISTS = ("training", "train", "validation", "val", "test", "testing")
 
@@ -72,13 +95,12 @@ def inside(root: Path, text: object, *, where: Path) -> Path:
     return root / relative
 
 
-def listed(table: Table, locate: Locate, *, where: Path) -> Iterator[Case]:
+def listed(table: Table, listing: Listing) -> Iterator[Case]:
     """The cases in lists named "training", "validation" and "test", as the Decathlon and MONAI write them.
 
     Args:
-        table: list name -> items; an item is a path, or {"image": path or paths, "label": path}.
-        locate: path as written -> file.
-        where: the JSON file, for messages.
+        table: list name -> items, see `case_of`.
+        listing: the file that the table is from.
 
     Raises:
         FileError: a list of another shape, or a file that is not there.
@@ -86,40 +108,36 @@ def listed(table: Table, locate: Locate, *, where: Path) -> Iterator[Case]:
     for name in LISTS:
         items = table.get(name, [])
         if not isinstance(items, list):
-            raise FileError(f'{where}: wanted "{name}" as a list of images, got {items!r:.200}; mend the list.')
+            raise FileError(f'{listing.path}: wanted "{name}" as a list of images, got {items!r:.200}; mend the list.')
         for item in items:
-            yield case_of(item, locate, where=where, split=split_named(name, where=where))
+            yield case_of(item, listing, split=split_named(name, where=listing.path))
 
 
-def listed_inside(table: Table, root: Path, *, where: Path) -> list[Case]:
-    """As `listed`, of a data set's own file: every path is relative to its folder and stays in it."""
-    return list(listed(table, lambda text: inside(root, text, where=where), where=where))
-
-
-def case_of(item: object, locate: Locate, *, where: Path, split: str = "") -> Case:
+def case_of(item: object, listing: Listing, *, split: str = "") -> Case:
     """One item of a list as a case.
 
     Args:
-        item: the path of an image (a file, or a folder of DICOM), or {"image": path or paths, "label": path,
-            "name": text, "split": text}; or "image_0", "image_1", ... for channels.
-        locate: path as written -> file.
-        where: the list, for messages.
+        item: the path of an image, or {"image": path or paths, "label": path, "name": text, "split": text}; or
+            "image_0", "image_1", ... for channels.
+        listing: the file that it is from.
         split: where the item does not name its own.
 
     Raises:
         FileError: another shape, or a file that is not there.
+        UnavailableError: an image is DICOM, and there is nothing to read it with.
     """
+    where = listing.path
     entry = {"image": item} if isinstance(item, str) else item
     if not isinstance(entry, dict):
         raise FileError(f'{where}: wanted an image, or {{"image": path, "label": path}}, got {item!r:.200}.')
     entry = {str(key).strip().lower(): value for key, value in entry.items() if not _is_empty(value)}
-    images = [_present(path, locate, where=where) for path in _channels(entry, where)]
-    labels = _present(entry["label"], locate, where=where) if "label" in entry else None
+    images = [_present(path, listing, folders=listing.own) for path in _channels(entry, where)]
+    labels = _present(entry["label"], listing) if "label" in entry else None
     name = entry.get("name", case_name(images[0]))
-    if not isinstance(name, str | int) or not (labels is None or is_file(labels)):
-        raise FileError(f"{where}: wanted a name as text and labels as one file, got {entry!r:.300}; mend the item.")
+    if not isinstance(name, str | int):
+        raise FileError(f"{where}: wanted a name as text, got {name!r:.200}; mend the item.")
     split = split_named(str(entry.get("split", split)), where=where)
-    return Case(str(name), tuple(source_of(image) for image in images), labels, split)
+    return Case(str(name), tuple(map(source_of, images)) if listing.own else tuple(images), labels, split)
 
 
 def _is_empty(value: object) -> bool:
@@ -142,12 +160,14 @@ def _channels(entry: Mapping[str, Any], where: Path) -> list[object]:
     return list(paths)
 
 
-def _present(text: object, locate: Locate, *, where: Path) -> Path:
+def _present(text: object, listing: Listing, *, folders: bool = False) -> Path:
     if not isinstance(text, str):
-        raise FileError(f"{where}: wanted the path of a file, got {text!r:.200}; mend the list.")
-    path = locate(text)
-    if not is_file(path) and not is_folder(path):
-        raise FileError(f"{where} lists {text!r:.300}, but there is no such file; add it, or remove it from the list.")
+        raise FileError(f"{listing.path}: wanted the path of a file, got {text!r:.200}; mend the list.")
+    path = listing.locate(text)
+    if not is_file(path) and not (folders and is_folder(path)):
+        raise FileError(
+            f"{listing.path} lists {text!r:.300}, but there is no such file; add it, or remove it from the list."
+        )
     return path
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ptq3d.datasets.contents import contents, is_folder
 from ptq3d.datasets.dataset import Dataset, Ignored, arranged
-from ptq3d.datasets.dataset_json import channel_names, label_map, listed_inside, read_table
+from ptq3d.datasets.dataset_json import Listing, channel_names, label_map, listed, read_table
 
 LAYOUT = "Medical Segmentation Decathlon"
 
@@ -33,7 +33,7 @@ def find(root: Path) -> Dataset | None:
     if table is None or "training" not in table:
         return None
     path = root / "dataset.json"
-    cases = arranged(listed_inside(table, root, where=path))
+    cases = arranged(listed(table, Listing(path)))
     used = {root / "dataset.json", *(file for case in cases for file in (*case.images, *case.label_files))}
     classes = label_map(table.get("labels"), where=path)
     unnamed = () if classes else (Ignored(path, "names no classes; its label values stay without names"),)

@@ -13,7 +13,7 @@ from pathlib import Path
 from ptq3d.datasets.cases import Case
 from ptq3d.datasets.contents import Contents, contents, is_folder, stem
 from ptq3d.datasets.dataset import Dataset, Ignored, arranged
-from ptq3d.datasets.dataset_json import Table, case_of, channel_names, inside, label_map, read_table
+from ptq3d.datasets.dataset_json import Listing, Table, case_of, channel_names, label_map, read_table
 from ptq3d.datasets.label_map import LabelMap
 from ptq3d.errors import FileError, LabelError
 from ptq3d.volumes.files import FORMATS, volume_suffix
@@ -52,7 +52,7 @@ def find(root: Path) -> Dataset | None:
     naming = _naming(table, root / "dataset.json")
     ignored: list[Ignored] = []
     if "dataset" in table:
-        cases = list(_listed(table["dataset"], root, naming))
+        cases = list(_listed(table["dataset"], naming))
     else:
         cases = [case for folders in FOLDERS for case in _in_folders(root, folders, naming, ignored)]
     classes, reasons = _classes(table, naming)
@@ -133,7 +133,7 @@ def _complete(name: str, found: dict[int, Path], naming: _Naming) -> tuple[Path,
     return tuple(found[index] for index in wanted)
 
 
-def _listed(table: object, root: Path, naming: _Naming) -> Iterator[Case]:
+def _listed(table: object, naming: _Naming) -> Iterator[Case]:
     """The cases of a "dataset" table {name: {"images": [...], "label": path}}; all are for training."""
     if not isinstance(table, dict):
         raise FileError(f'{naming.path}: wanted "dataset" as {{name: {{"images": [...]}}}}, got {table!r:.200}.')
@@ -142,7 +142,7 @@ def _listed(table: object, root: Path, naming: _Naming) -> Iterator[Case]:
         if not isinstance(images, list) or len(images) != len(naming.channels):
             raise FileError(f"{naming.path}: case {name!r:.100} needs one image for each of {list(naming.channels)}.")
         item = {"image": images, "label": entry.get("label"), "name": name}
-        yield case_of(item, lambda text: inside(root, text, where=naming.path), where=naming.path, split="train")
+        yield case_of(item, Listing(naming.path), split="train")
 
 
 def _classes(table: Table, naming: _Naming) -> tuple[LabelMap | None, list[Ignored]]:

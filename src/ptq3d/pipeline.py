@@ -65,7 +65,7 @@ def class_names(label_map: Path | None, described: Iterable[str] | None, classes
     Raises:
         LabelError: another number of names than of classes.
     """
-    from ptq3d.datasets.phantoms import BTCV_ORGANS
+    from ptq3d.datasets.btcv import BTCV_ORGANS
 
     if label_map is not None:
         names = LabelMap.load(label_map).names
@@ -209,7 +209,7 @@ def train(options: TrainOptions) -> TrainingResult:
 
 
 def _training_map(options: TrainOptions, found: Dataset) -> LabelMap:
-    from ptq3d.datasets.phantoms import BTCV_ORGANS
+    from ptq3d.datasets.btcv import BTCV_ORGANS
 
     if options.label_map is not None:
         return LabelMap.load(options.label_map)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from placing import left_out
 
 from ptq3d.datasets.cases import Case
-from ptq3d.datasets.folders import case_name, find_cases
+from ptq3d.datasets.folders import find, find_cases
+from ptq3d.datasets.pairing import case_name
 from ptq3d.errors import FileError, LabelError
 
 
@@ -113,3 +115,100 @@ def test_two_images_of_one_name_are_refused(tmp_path: Path) -> None:
     images = folder(tmp_path / "images", "a.nii", "a_0000.nii.gz")
     with pytest.raises(FileError, match=r"case name \['a'\]"):
         find_cases(images)
+
+
+def test_numbers_are_channels_where_every_case_has_the_same(tmp_path: Path) -> None:
+    images = folder(tmp_path / "images", *(f"{name}_000{number}.nii.gz" for name in "ab" for number in (0, 1)))
+    wanted = [Case(name, (images / f"{name}_0000.nii.gz", images / f"{name}_0001.nii.gz")) for name in "ab"]
+    assert find_cases(images) == wanted
+    labels = folder(tmp_path / "labels", "a.nii.gz", "b.nii.gz")
+    assert [case.labels for case in find_cases(images, labels)] == [labels / "a.nii.gz", labels / "b.nii.gz"]
+
+
+@pytest.mark.parametrize(
+    ("files", "names"),
+    [
+        (("a_0000", "b_0000"), ["a", "b"]),
+        (("a_0000", "a_0001", "b_0000"), ["a", "a_0001", "b"]),
+        (("a_0000", "a_0001", "other"), ["a", "a_0001", "other"]),
+        (("a_0001", "a_0002"), ["a_0001", "a_0002"]),
+        (("a_0000", "a_0002"), ["a", "a_0002"]),
+        (("a_000", "a_001"), ["a_000", "a_001"]),
+        (tuple(f"a_{number:04}" for number in range(11)), ["a", *(f"a_{number:04}" for number in range(1, 11))]),
+        (tuple(f"a_{number:04}" for number in range(10)), ["a"]),
+    ],
+)
+def test_other_numbers_are_cases(tmp_path: Path, files: tuple[str, ...], names: list[str]) -> None:
+    images = folder(tmp_path / "images", *(f"{name}.nii.gz" for name in files))
+    assert [case.name for case in find_cases(images)] == names
+
+
+def test_numbers_are_cases_where_their_labels_have_them_too(tmp_path: Path) -> None:
+    images = folder(tmp_path / "images", "a_0000.nii.gz", "a_0001.nii.gz")
+    labels = folder(tmp_path / "labels", "a_0000.nii.gz", "a_0001.nii.gz")
+    assert [case.label_files for case in find_cases(images, labels)] == [
+        (labels / "a_0000.nii.gz",),
+        (labels / "a_0001.nii.gz",),
+    ]
+
+
+@pytest.mark.parametrize("ending", ["_seg", "_dseg", "_label", "_labels", "_mask", "_msk", "_glm"])
+def test_labels_lie_beside_their_images(tmp_path: Path, ending: str) -> None:
+    place = folder(
+        tmp_path / "data", "a.nii.gz", f"a{ending}.nii.gz", "b_0000.nii.gz", f"b{ending}.nii", f"c{ending}.nii"
+    )
+    found = find(place)
+    assert [(case.name, case.labels) for case in found.cases] == [
+        ("a", place / f"a{ending}.nii.gz"),
+        ("b", place / f"b{ending}.nii"),
+        (f"c{ending}", None),
+    ]
+    with pytest.raises(LabelError, match="need labels"):
+        find_cases(place, required_labels=True)
+    (place / f"c{ending}.nii").unlink()
+    assert len(find_cases(place, required_labels=True)) == 2
+
+
+def test_several_kinds_of_labels_beside_are_offered_by_name(tmp_path: Path) -> None:
+    place = folder(tmp_path / "data", "a.nii", "a_seg.nii", "a_mask.nii", "a_seg_seg.nii")
+    found = find(place)
+    assert [(case.name, case.labels) for case in found.cases] == [("a", None)]
+    assert {name: one.cases[0].labels for name, one in found.choices.items()} == {
+        "mask": place / "a_mask.nii",
+        "seg": place / "a_seg.nii",
+    }
+    assert "one of several segmentations (mask, seg)" in left_out(found)["a_seg.nii"]
+    assert left_out(found.choices["seg"]) == {
+        "a_mask.nii": "of the segmentations 'mask'",
+        "a_seg_seg.nii": "no image has its name",
+    }
+
+
+def test_labels_beside_are_no_images_of_labels_elsewhere(tmp_path: Path) -> None:
+    images = folder(tmp_path / "data", "a.nii", "a_seg.nii")
+    labels = folder(tmp_path / "labels", "a.nii")
+    assert find_cases(images, labels) == [Case("a", (images / "a.nii",), labels / "a.nii")]
+
+
+def test_two_files_of_labels_beside_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(LabelError, match="labels of the same image"):
+        find(folder(tmp_path / "data", "a.nii", "a_seg.nii", "a_seg.nii.gz"))
+
+
+def test_what_is_no_volume_is_ignored_with_the_reason(tmp_path: Path) -> None:
+    place = folder(tmp_path / "data", "a.nii", "readme.txt", ".hidden.nii", ".DS_Store", "b.dcm")
+    (place / "folder").mkdir()
+    (place / "lost.nii").symlink_to(place / "nowhere.nii")
+    (place / "loop.nii").symlink_to(place / "loop.nii")
+    (place / "here").symlink_to(place)
+    found = find(place)
+    assert [case.name for case in found.cases] == ["a"]
+    assert left_out(found) == {
+        "readme.txt": "no volume by its ending",
+        ".hidden.nii": "a hidden file",
+        "b.dcm": "a DICOM file beside what is no DICOM; put its series into a folder of its own",
+        "folder": "a folder that is no part of the layout",
+        "here": "a folder that is no part of the layout",
+        "lost.nii": "no file, or a link that leads nowhere",
+        "loop.nii": "no file, or a link that leads nowhere",
+    }

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from ptq3d.datasets.phantoms import BTCV_ORGANS, Phantom, make_phantom, write_phantoms
+from ptq3d.datasets.btcv import BTCV_ORGANS
+from ptq3d.datasets.phantoms import Phantom, make_phantom, write_phantoms
 from ptq3d.errors import FileError, OptionError
 
 CASES = range(6)

@@ -1,25 +1,32 @@
-"""Folders of images and labels as a list of cases."""
+"""A plain folder of volumes, its labels in another folder or beside the images."""
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ptq3d.datasets.cases import Case
+from ptq3d.datasets.contents import Contents, contents, is_file, is_folder, stem
+from ptq3d.datasets.dataset import Dataset, Ignored, arranged
+from ptq3d.datasets.pairing import case_name, channels_of_cases, label_ending, partners, without_label_ending
 from ptq3d.errors import FileError, LabelError
+from ptq3d.volumes.files import FORMATS
+from ptq3d.volumes.source import place_of
+
+LAYOUT = "folder"
 
 
 def find_cases(images: Path, labels: Path | None = None, *, required_labels: bool = False) -> list[Case]:
     """The cases of a folder, or of a single file, in the order of their names.
 
-    An image belongs to the label file of the same name; failing that, of the same name without "_0000"; failing that,
-    with the same numbers in its name (BTCV's img0001 and label0001). One image belongs to one label FILE in any case.
+    An image belongs to the label file of the same name; failing that, of the same name without "_0000", without an
+    ending such as "_seg"; failing that, with the same numbers in its name (BTCV's img0001 and label0001). One image
+    belongs to one label FILE in any case.
 
     Args:
-        images: a volume file, or a folder of them (its subfolders are not searched).
-        labels: likewise, None for cases without labels.
+        images: a volume file, or a folder of them (its subfolders are not searched); see `find`.
+        labels: likewise; None for labels beside the images, or none.
         required_labels: refuse to go on without labels.
 
     Returns:
@@ -29,79 +36,133 @@ def find_cases(images: Path, labels: Path | None = None, *, required_labels: boo
         FileError: a file or folder is missing, a folder holds no volume, or two images have the same name.
         LabelError: labels are required but not given, an image has none, or several files claim to be them.
     """
-    if labels is None and required_labels:
+    found = list(paired(Path(images), None if labels is None else Path(labels)).cases)
+    if required_labels and any(case.labels is None for case in found):
         raise LabelError(f"the images in {images} need labels; name their file or folder with --label-path.")
-    found = _volumes(Path(images), "images")
-    names = [case_name(path) for path in found]
-    repeated = sorted(name for name, count in Counter(names).items() if count > 1)
-    if repeated:
-        raise FileError(f"{images}: several images have the case name {repeated}; rename or move one of them.")
+    return found
+
+
+def find(root: Path) -> Dataset:
+    """A folder of volumes as a data set; the last resort, so it is never None.
+
+    "a_0000" and "a_0001" are channels of case "a" (see `channels_of_cases`). A volume whose name is that of another
+    one and an ending such as "_seg" is that one's label map and no image. Where the endings differ, each is a set of
+    segmentations to choose from.
+
+    Args:
+        root: a folder, or a single volume file.
+
+    Raises:
+        FileError: there is nothing, no volume in the folder, or two images have the same name.
+        LabelError: two files of the same name beside an image.
+    """
+    if is_file(root):
+        return Dataset(LAYOUT, root, (Case(case_name(root), (root,)),))
+    found = _contents(root, "images")
+    images, beside = _apart(found.volumes)
+    cases = _cases(images)
+    sets: dict[str, dict[str, Path]] = {}
+    for label in beside:
+        ending = str(label_ending(stem(label)))
+        twin = sets.setdefault(ending.lstrip("_"), {}).setdefault(without_label_ending(stem(label)), label)
+        if twin != label:
+            raise LabelError(f"{label} and {twin.name} are labels of the same image; keep one of them.")
+    bare = Dataset(LAYOUT, root, arranged(cases), ignored=found.unused(found.volumes))
+    return with_choices(bare, sets)
+
+
+def with_choices(bare: Dataset, sets: dict[str, dict[str, Path]]) -> Dataset:
+    """A data set with named sets of segmentations: labelled by the only one, or by none of several.
+
+    Args:
+        bare: without labels.
+        sets: name of the set -> name of the case -> label file.
+    """
+    choices = {name: _labelled(bare, name, sets) for name in sorted(sets)}
+    if len(choices) == 1:
+        (only,) = choices.values()
+        return replace(only, choices=choices)
+    reason = f"one of several segmentations ({', '.join(choices)}); name the one you want as the labels"
+    ignored = [Ignored(path, reason) for found in sets.values() for path in found.values()]
+    return replace(bare, ignored=(*bare.ignored, *ignored), choices=choices)
+
+
+def _labelled(bare: Dataset, wanted: str, sets: dict[str, dict[str, Path]]) -> Dataset:
+    cases = tuple(replace(case, labels=sets[wanted].get(case.name)) for case in bare.cases)
+    used = {label for case in cases for label in case.label_files}
+    left = [
+        Ignored(path, "no image has its name" if name == wanted else f"of the segmentations '{name}'")
+        for name, found in sets.items()
+        for path in found.values()
+        if path not in used
+    ]
+    return replace(bare, cases=cases, ignored=(*bare.ignored, *left))
+
+
+def paired(images: Path, labels: Path | None, *, split: str = "") -> Dataset:
+    """Images and their labels in another folder, as `find_cases`; without labels as `find`.
+
+    Args:
+        images: a volume file, or a folder of them.
+        labels: likewise, or None.
+        split: of all cases.
+
+    Raises:
+        FileError, LabelError: see `find_cases`.
+    """
     if labels is None:
-        return [Case(name, (path,)) for name, path in zip(names, found, strict=True)]
-    partners = _partners(found, _volumes(Path(labels), "labels"), Path(labels))
-    return [Case(name, (path,), label) for name, path, label in zip(names, found, partners, strict=True)]
+        found = find(images)
+        return replace(found, cases=tuple(replace(case, split=split) for case in found.cases))
+    place = Contents((images,)) if is_file(images) else _contents(images, "images")
+    chosen, beside = _apart(place.volumes)
+    label_place = Contents((labels,)) if is_file(labels) else _contents(labels, "labels")
+    cases = labelled(_cases(chosen, label_place.volumes), label_place.volumes, labels)
+    used = {label for case in cases for label in case.label_files}
+    ignored = (
+        *place.unused(place.volumes),
+        *(Ignored(path, "labels by its name, beside its image") for path in beside),
+        *label_place.unused(label_place.volumes),
+        *(Ignored(path, "no image has its name") for path in label_place.volumes if path not in used),
+    )
+    return Dataset(LAYOUT, images, arranged(replace(case, split=split) for case in cases), ignored=ignored)
 
 
-def case_name(path: Path) -> str:
-    """A file name without the ending of its kind ("a.nii.gz" is "a") and without nnU-Net's channel "_0000"."""
-    return _stem(path).removesuffix("_0000")
+def labelled(cases: Sequence[Case], labels: Sequence[Path], place: Path) -> list[Case]:
+    """Cases with the label files that their names choose.
+
+    Args:
+        cases: without labels.
+        labels: label files.
+        place: where they lie, for messages.
+
+    Raises:
+        LabelError: see `find_cases`.
+    """
+    found = partners([place_of(case.images[0]) for case in cases], labels, place)
+    return [replace(case, labels=label) for case, label in zip(cases, found, strict=True)]
 
 
-def _volumes(place: Path, what: str) -> list[Path]:
-    """The volume file, or the volume files of a folder, by name."""
-    from ptq3d.volumes.files import FORMATS, is_volume
-
-    if place.is_file():
-        return [place]
-    if not place.is_dir():
+def _contents(place: Path, what: str) -> Contents:
+    """The contents of a folder that holds volumes."""
+    if not is_folder(place):
         raise FileError(f"{place}: no such file or folder of {what}; check the path.")
-    found = sorted(path for path in place.iterdir() if is_volume(path))
-    if not found:
+    found = contents(place)
+    if not found.volumes:
         raise FileError(f"{place}: no {what} in this folder (wanted files ending in {', '.join(FORMATS)}).")
     return found
 
 
-def _partners(images: list[Path], labels: list[Path], place: Path) -> list[Path]:
-    """The label file of each image."""
-    if len(images) == 1 and labels == [place]:
-        return labels
-    shelves: list[dict[object, list[Path]]] = [{} for _ in _KEYS]
-    for key, shelf in zip(_KEYS, shelves, strict=True):
-        for label in labels:
-            shelf.setdefault(key(label), []).append(label)
-    partners = [_partner(image, shelves, place) for image in images]
-    owners = dict(zip(partners, images, strict=True))
-    for image, partner in zip(images, partners, strict=True):
-        if owners[partner] != image:
-            both = [image.name, owners[partner].name]
-            raise LabelError(f"{partner} would be the labels of {both}; give each image labels of the same name.")
-    return partners
+def _apart(volumes: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """Images, and the label maps beside them."""
+    names = {name for path in volumes for name in (stem(path), case_name(path))}
+    beside = [path for path in volumes if without_label_ending(stem(path)) in names - {stem(path)}]
+    return [path for path in volumes if path not in set(beside)], beside
 
 
-def _partner(image: Path, shelves: list[dict[object, list[Path]]], place: Path) -> Path:
-    for key, shelf in zip(_KEYS, shelves, strict=True):
-        matches = shelf.get(key(image), []) if key(image) else []
-        if len(matches) == 1:
-            return matches[0]
-        if matches:
-            raise LabelError(
-                f"{image} has several label files: {[match.name for match in matches]}; keep one, or use equal names."
-            )
-    raise LabelError(
-        f"{image} has no labels in {place}; add a label file of the same name or number, or leave the image out."
-    )
-
-
-def _stem(path: Path) -> str:
-    from ptq3d.volumes.files import volume_suffix
-
-    suffix = volume_suffix(path.name)
-    return path.stem if suffix is None else path.name[: -len(suffix)]
-
-
-def _numbers(path: Path) -> tuple[str, ...]:
-    return tuple(re.findall(r"\d+", case_name(path)))
-
-
-_KEYS: tuple[Callable[[Path], object], ...] = (_stem, case_name, _numbers)
-"""What image and label have in common, the strictest first."""
+def _cases(images: Sequence[Path], labels: Sequence[Path] = ()) -> list[Case]:
+    """Images as cases; numbers are channels, unless label files have the same numbers."""
+    names = {stem(label) for label in labels}
+    grouped = channels_of_cases(images)
+    if any(len(channels) > 1 and names.issuperset(map(stem, channels)) for channels in grouped):
+        grouped = [(image,) for image in images]
+    return [Case(case_name(channels[0]), channels) for channels in grouped]

@@ -16,26 +16,9 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from ptq3d.datasets.btcv import BTCV_ORGANS
 from ptq3d.errors import FileError, OptionError
 from ptq3d.volumes.files import write_nifti
-
-BTCV_ORGANS: tuple[str, ...] = (
-    "background",
-    "spleen",
-    "right kidney",
-    "left kidney",
-    "gallbladder",
-    "esophagus",
-    "liver",
-    "stomach",
-    "aorta",
-    "inferior vena cava",
-    "portal and splenic veins",
-    "pancreas",
-    "right adrenal gland",
-    "left adrenal gland",
-)
-"""Names of the classes of the BTCV abdomen challenge in its own order; the index is the value in the label file."""
 
 Point: TypeAlias = tuple[float, ...]  # three numbers in mm
 Box: TypeAlias = tuple[slice, slice, slice]

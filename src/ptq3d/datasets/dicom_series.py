@@ -1,0 +1,85 @@
+"""DICOM: a folder or zip of slices is a case, and so is each of several such folders in one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ptq3d.datasets.cases import Case
+from ptq3d.datasets.contents import DICOM_INDEX, Contents, contents, is_file, is_folder, looks_like_dicom
+from ptq3d.datasets.dataset import Dataset, Ignored, arranged
+from ptq3d.volumes.source import Source
+
+LAYOUT = "DICOM"
+ALL = "all"
+
+
+def find(root: Path, series: str | None = None) -> Dataset | None:
+    """The series of a place, or of each subfolder and zip in it, as cases.
+
+    Args:
+        root: a folder with DICOM files (or a DICOMDIR) directly in it, a .zip or .dcm file; or a folder of such
+            folders and zips.
+        series: which one of several in one place, as `ptq3d.volumes.dicom.only_series` takes it; "all" for each of
+            them, whose cases are then named with a number.
+
+    Returns:
+        None where no such place holds DICOM, or there are other volumes beside them.
+
+    Raises:
+        FileError, UnavailableError: see `ptq3d.volumes.dicom`.
+    """
+    places, ignored = _places(root)
+    if not places:
+        return None
+    return Dataset(LAYOUT, root, arranged(case for place in places for case in _cases(place, series)), ignored=ignored)
+
+
+def source_of(path: Path) -> Source:
+    """A file as it is; of a folder, zip or DICOM file its only series.
+
+    Raises:
+        FileError, UnavailableError: see `ptq3d.volumes.dicom`.
+    """
+    if not is_folder(path) and not _is_dicom_file(path):
+        return path
+    from ptq3d.volumes.dicom import only_series
+
+    return only_series(path, None)
+
+
+def _places(root: Path) -> tuple[list[Path], tuple[Ignored, ...]]:
+    """What holds one case each, and what lies beside it."""
+    if is_file(root):
+        return ([root] if _is_dicom_file(root) else []), ()
+    found = contents(root) if is_folder(root) else Contents()
+    if found.volumes:
+        return [], ()
+    slices = [path for path in found.others if looks_like_dicom(path)]
+    index = [path for path in found.others if path.name.upper() == DICOM_INDEX]
+    if slices or index:
+        return [root], found.unused([*slices, *index, *(found.folders if index else ())])
+    places = [folder for folder in found.folders if _holds_dicom(folder)]
+    places += [path for path in found.others if path.suffix.lower() == ".zip"]
+    left = tuple(
+        Ignored(item.path, "no DICOM file directly in it") if item.path in found.folders else item
+        for item in found.unused(places)
+    )
+    return sorted(places), left
+
+
+def _holds_dicom(folder: Path) -> bool:
+    return any(looks_like_dicom(path) for path in contents(folder).others)
+
+
+def _is_dicom_file(path: Path) -> bool:
+    return path.suffix.lower() == ".zip" or looks_like_dicom(path)
+
+
+def _cases(place: Path, series: str | None) -> list[Case]:
+    from ptq3d.volumes.dicom import find_series, only_series
+
+    name = place.name if is_folder(place) else place.stem
+    if series != ALL:
+        return [Case(name, (only_series(place, series),))]
+    found = find_series(place)
+    return [Case(f"{name}_{number}", (one,)) for number, one in enumerate(found, start=1)]

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq3d.errors import FileError, OptionError
-from ptq3d.volumes.files import write_nifti
+from ptq3d.volumes.nifti import write_nifti
 
 BTCV_ORGANS: tuple[str, ...] = (
     "background",

@@ -56,7 +56,8 @@ from ptq3d.models import ARCHITECTURES
 from ptq3d.models.unet import UNet
 from ptq3d.options import DeployOptions, QuantizeOptions
 from ptq3d.quantizing import quantize
-from ptq3d.volumes.files import load_grid, load_image, save_labels, write_nifti
+from ptq3d.volumes.files import load_grid, load_image, save_labels
+from ptq3d.volumes.nifti import write_nifti
 from ptq3d.volumes.preprocessing import Preprocessing
 from ptq3d.windows import window_starts
 

@@ -100,7 +100,7 @@ def with_voxel(path: Path, value: float) -> None:
 BROKEN: dict[str, tuple[str, Callable[[Path], object], type[Ptq3dError], str]] = {
     "missing": ("a.nii.gz", lambda path: None, FileError, "no such file"),
     "folder": ("a.nii.gz", lambda path: path.mkdir(), FileError, "a folder"),
-    "unknown kind": ("a.dcm", lambda path: path.write_bytes(b"x"), FileError, r"\.nii\.gz, \.nii"),
+    "unknown kind": ("a.xyz", lambda path: path.write_bytes(b"x"), FileError, r"\.nii\.gz, \.nii"),
     "empty": ("a.nii", lambda path: path.write_bytes(b""), FileError, "truncated"),
     "empty gz": ("a.nii.gz", lambda path: path.write_bytes(b""), FileError, "truncated"),
     "no gzip": ("a.nii.gz", lambda path: path.write_bytes(b"hello" * 100), FileError, "truncated"),
@@ -123,7 +123,7 @@ BROKEN: dict[str, tuple[str, Callable[[Path], object], type[Ptq3dError], str]] =
     "NaN": ("a.nii", lambda path: with_voxel(path, np.nan), IntensityError, "2 of 64 voxels are NaN"),
     "infinite": ("a.nii", lambda path: with_voxel(path, np.inf), IntensityError, "2 of 64"),
     "too large": ("a.nii", lambda path: with_voxel(path, 1e300), IntensityError, "2 of 64"),
-    "zero spacing": ("a.nii", spacing_zero, GeometryError, "zero or broken spacing"),
+    "zero spacing": ("a.nii", spacing_zero, GeometryError, "zero, negative or broken spacing"),
     "singular": ("a.nii", sform_singular, GeometryError, "singular"),
 }
 

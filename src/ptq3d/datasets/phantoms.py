@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ptq3d.datasets.btcv import BTCV_ORGANS
 from ptq3d.errors import FileError, OptionError
-from ptq3d.volumes.files import write_nifti
+from ptq3d.volumes.nifti import write_nifti
 
 Point: TypeAlias = tuple[float, ...]  # three numbers in mm
 Box: TypeAlias = tuple[slice, slice, slice]

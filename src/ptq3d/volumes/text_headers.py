@@ -1,0 +1,176 @@
+"""The text headers of NRRD and MetaImage, as far as they say where voxels lie; what is not one plain volume is refused.
+
+SimpleITK reads the rest of them. It sees no header that was not looked at here: it follows a header's data file to wherever that
+points, and a damaged header may take it down.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from ptq3d.errors import FileError, GeometryError
+from ptq3d.volumes.streams import Encoding
+
+LONGEST = 1 << 20  # bytes of a header
+SPACES = ("left-posterior-superior", "right-anterior-superior", "left-anterior-superior", "lps", "ras", "las")
+
+
+@dataclass(frozen=True)
+class TextHeader:
+    """Where voxels lie.
+
+    Attributes:
+        shape: first axis fastest.
+        data: the file that holds the voxels.
+        start: bytes of `data` before the encoding begins.
+        offset: decoded bytes before the first voxel.
+        encoding: of the voxels.
+        little_endian: their byte order.
+        at_end: the voxels are the last bytes of `data`.
+    """
+
+    shape: tuple[int, ...]
+    data: Path
+    start: int
+    offset: int
+    encoding: Encoding
+    little_endian: bool
+    at_end: bool = False
+
+
+def nrrd_header(path: Path) -> TextHeader:
+    """Of a NRRD file.
+
+    Raises:
+        FileError: no NRRD, not one volume, in another encoding than raw or gzip, or its data lie elsewhere.
+        GeometryError: its space is none of `SPACES`.
+    """
+    content = _content(path)
+    end = re.search(rb"\n\r?\n", content)
+    lines = content[: end.start() if end else len(content)].decode("utf-8", "surrogateescape").splitlines()
+    if not re.fullmatch("NRRD000[1-6]", lines[0].rstrip() if lines else ""):
+        raise FileError(f"{path} is no readable NRRD file: it begins with {content[:8]!r}; copy it again.")
+    pairs = (re.match(r"([\w ]+): (.*)", line) for line in lines[1:] if not line.startswith("#"))
+    fields = _unique(path, ((pair[1].replace(" ", "").lower(), pair[2].strip()) for pair in pairs if pair))
+    if fields.get("dimension") != "3":
+        _refuse_rank(path, fields.get("sizes"))
+    encoding = {"raw": "raw", "gzip": "gzip", "gz": "gzip"}.get(fields.get("encoding", "").lower())
+    if encoding is None:
+        raise FileError(f"{path}: wanted NRRD encoding raw or gzip, got {fields.get('encoding')!r}; save it as gzip.")
+    if fields.get("space", "").lower() not in SPACES or "spacedirections" not in fields:
+        raise GeometryError(
+            f"{path}: its header does not say where the patient lies (space {fields.get('space')!r}, space directions "
+            f"{fields.get('spacedirections')!r}); wanted one of {', '.join(SPACES[:3])} with directions."
+        )
+    skip = _whole(path, "byte skip", fields.get("byteskip", "0"))
+    if fields.get("lineskip", "0") != "0" or skip < -1 or (skip == -1 and encoding != "raw"):
+        raise FileError(f"{path}: its voxels lie behind skipped lines or bytes; save it as one plain NRRD file.")
+    name = fields.get("datafile")
+    if name is None and end is None:
+        raise FileError(f"{path} is truncated: it ends within its header; copy it again.")
+    return TextHeader(
+        _shape(path, fields.get("sizes", "")),
+        path if name is None else _beside(path, name),
+        end.end() if end and name is None else 0,
+        max(skip, 0),
+        "gzip" if encoding == "gzip" else "raw",
+        fields.get("endian", "little").lower() == "little",
+        at_end=skip == -1,
+    )
+
+
+def metaimage_header(path: Path) -> TextHeader:
+    """Of a MetaImage file.
+
+    Raises:
+        FileError: no MetaImage, not one volume, or its data lie elsewhere or in several files.
+    """
+    content = _content(path)
+    end = re.search(rb"^ElementDataFile *=[^\n]*(\n|\Z)", content, re.MULTILINE)
+    text = content[: end.end() if end else 0].decode("utf-8", "surrogateescape")
+    pairs = (re.match(r"(\w+) *=(.*)", line) for line in text.splitlines())
+    fields = _unique(path, ((pair[1], pair[2].strip()) for pair in pairs if pair))
+    if end is None or "NDims" not in fields:
+        raise FileError(
+            f"{path} is no readable MetaImage file, or it is truncated: no NDims and ElementDataFile; copy it again."
+        )
+    if fields["NDims"] not in ("3", "4"):
+        _refuse_rank(path, fields.get("DimSize"))
+    if not _true(fields.get("BinaryData", "False")):
+        raise FileError(f"{path}: its voxels are written as text; save it as binary data.")
+    name, compressed = fields["ElementDataFile"], _true(fields.get("CompressedData", "False"))
+    attached, skip = name.upper() == "LOCAL", _whole(path, "HeaderSize", fields.get("HeaderSize", "0"))
+    if skip and (attached or compressed or skip < -1):
+        raise FileError(f"{path}: a HeaderSize of {skip} has no meaning here; save it as one plain MetaImage file.")
+    big = fields.get("ElementByteOrderMSB", fields.get("BinaryDataByteOrderMSB", "False"))
+    return TextHeader(
+        _shape(path, fields.get("DimSize", "")),
+        path if attached else _beside(path, name),
+        end.end() if attached else max(skip, 0),
+        0,
+        "zlib" if compressed else "raw",
+        not _true(big),
+        at_end=skip == -1,
+    )
+
+
+def _content(path: Path) -> bytes:
+    """As much of a file as a header may fill."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(LONGEST)
+    except OSError as error:
+        raise FileError(f"{path} cannot be read ({error.strerror}).") from error
+    if not content:
+        raise FileError(f"{path} is truncated: it is empty; copy it again.")
+    return content
+
+
+def _unique(path: Path, pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """The fields of a header; a reader must not choose which of two it believes."""
+    fields: dict[str, str] = {}
+    for key, value in pairs:
+        if key in fields:
+            raise FileError(f"{path}: its header says {key!r} twice; mend the header.")
+        fields[key] = value
+    return fields
+
+
+def _refuse_rank(path: Path, sizes: str | None) -> None:
+    raise FileError(
+        f"{path}: wanted one 3D volume, got axes of {sizes}; split or convert it into 3D files of grey values."
+    )
+
+
+def _shape(path: Path, sizes: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"[0-9]{1,10}( +[0-9]{1,10}){2,3}", sizes):
+        raise FileError(f"{path}: wanted three sizes above zero, got {sizes[:60]!r}; mend the header.")
+    return tuple(map(int, sizes.split()))
+
+
+def _whole(path: Path, field: str, value: str) -> int:
+    if not re.fullmatch(r"-?[0-9]{1,15}", value):
+        raise FileError(f"{path}: wanted a whole number for {field}, got {value[:60]!r}; mend the header.")
+    return int(value)
+
+
+def _true(value: str) -> bool:
+    return value[:1] in ("T", "t", "1")
+
+
+def _beside(path: Path, name: str) -> Path:
+    """The data file that a header names; links are the user's own, so only what the header says is looked at."""
+    if re.match(r"LIST\b", name) or "%" in name or not name:
+        raise FileError(f"{path}: its voxels lie in several files ({name[:60]!r}); save it as one file.")
+    ways = (PurePosixPath(name), PureWindowsPath(name))
+    if any(way.is_absolute() or way.drive or way.root or ".." in way.parts for way in ways):
+        raise FileError(
+            f"{path}: its header points to voxels outside its folder ({name[:200]!r}); put both files in one folder."
+        )
+    data = path.parent / name
+    if not data.is_file():
+        raise FileError(f"{path}: the file of its voxels, {name[:200]!r}, is missing; put both files in one folder.")
+    return data

@@ -23,6 +23,7 @@ from ptq3d.options import (
     CompareOptions,
     DemoOptions,
     DeployOptions,
+    EvaluateOptions,
     ExportOptions,
     InspectOptions,
     QuantizeOptions,
@@ -157,6 +158,18 @@ def compare(options: CompareOptions) -> None:
     _report(options, found.to_dict())
 
 
+def evaluate(options: EvaluateOptions) -> None:
+    """Run `ptq3d evaluate`; a claim that is not shown is an answer, not a fault: exit code 0."""
+    found = _verb("ptq3d.evaluate", "evaluate")(options)
+    table = _table(*found.columns)
+    for row in found.rows():
+        table.add_row(*row)
+    _show(options, table)
+    for sentence in found.sentences():
+        _say(options, sentence)
+    _report(options, found.to_dict())
+
+
 def inspect(options: InspectOptions) -> None:
     """Run `ptq3d inspect`."""
     found = _verb("ptq3d.inspection", "inspect")(options)
@@ -195,6 +208,7 @@ VERBS: Mapping[type[Common], Callable[..., None]] = {
     BuildOptions: build,
     DeployOptions: deploy,
     CompareOptions: compare,
+    EvaluateOptions: evaluate,
     InspectOptions: inspect,
     DemoOptions: demo,
 }
@@ -208,6 +222,7 @@ Command = (
     | Annotated[BuildOptions, subcommand("build")]
     | Annotated[DeployOptions, subcommand("deploy")]
     | Annotated[CompareOptions, subcommand("compare")]
+    | Annotated[EvaluateOptions, subcommand("evaluate")]
     | Annotated[InspectOptions, subcommand("inspect")]
     | Annotated[DemoOptions, subcommand("demo")]
 )

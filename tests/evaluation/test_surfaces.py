@@ -198,20 +198,20 @@ def test_oblique_and_mirrored_grids_keep_their_spacing(angles: tuple, spacing: t
     turned = np.eye(4)
     rotation = np.reshape(sitk.Euler3DTransform((0, 0, 0), *angles).GetMatrix(), (3, 3))
     turned[:3, :3] = rotation @ np.diag(spacing) * hand
-    assert right_angled_spacing(turned) == pytest.approx(spacing)
+    assert right_angled_spacing(turned, where="a") == pytest.approx(spacing)
 
 
 def test_sheared_grids_are_refused() -> None:
     sheared = np.diag([1.0, 1.0, 5.0, 1.0])
     sheared[1, 2] = 5 * np.tan(np.radians(10))
-    with pytest.raises(GeometryError, match=r"sheared by 10\.0 degrees.*--tolerance None"):
-        right_angled_spacing(sheared)
+    with pytest.raises(GeometryError, match=r"case 7: .* sheared by 10\.0 degrees.*--tolerance None"):
+        right_angled_spacing(sheared, where="case 7")
     sheared[1, 2] = 5 * 1e-4  # rounding of a header
-    assert right_angled_spacing(sheared) == pytest.approx((1, 1, 5))
+    assert right_angled_spacing(sheared, where="case 7") == pytest.approx((1, 1, 5))
 
 
 def test_without_monai_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "monai.metrics.utils", None)
+    monkeypatch.setitem(sys.modules, "monai.metrics", None)
     with pytest.raises(UnavailableError, match=r"pip install 'ptq3d\[metrics\]'"):
         hd95_per_class(blobs(0), blobs(1), 4, spacing=(1, 1, 1))
 
@@ -222,7 +222,7 @@ def test_all_classes_of_a_real_brain_that_moved_by_a_voxel(shared: Path) -> None
     values = np.unique(truth)
     moved = np.zeros_like(truth)
     moved[1:] = truth[:-1]
-    spacing = right_angled_spacing(nib.load(path).affine)
+    spacing = right_angled_spacing(nib.load(path).affine, where=path.name)
     found = list(surface_distances(moved, truth, int(values[-1]) + 1, spacing=spacing))
     hd95 = np.array([found[value - 1].hd95() for value in values[1:]])
     assert len(hd95) > 130

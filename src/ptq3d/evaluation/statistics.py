@@ -244,6 +244,18 @@ def non_inferiority(
     )
 
 
+def require_margin(margin: float) -> None:
+    """Refuse a margin within which nothing can be shown.
+
+    Raises:
+        OptionError: not above 0, or not finite.
+    """
+    if not 0.0 < margin < np.inf:
+        raise OptionError(
+            f"the margin of non-inferiority must be above 0, got {margin}; give --margin 0.01, for example."
+        )
+
+
 def _changes(first: ArrayLike, second: ArrayLike) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     """(cases,) second - first, sorted."""
     before, after = _finite(first, "values of the first"), _finite(second, "values of the second")

@@ -95,7 +95,7 @@ def surface_dice_per_class(
         OptionError: a tolerance below 0.
         UnavailableError: MONAI is not installed.
     """
-    require_tolerance(tolerance_mm)
+    require_surfaces(tolerance_mm)
     found = surface_distances(prediction, truth, classes, spacing=spacing)
     return np.array([distances.surface_dice(tolerance_mm) for distances in found])
 
@@ -145,11 +145,12 @@ def surface_distances(
         yield _NOWHERE if box is None else _distances(prediction[box] == index, truth[box] == index, spacing)
 
 
-def right_angled_spacing(affine: Affine) -> Lengths:
+def right_angled_spacing(affine: Affine, *, where: str) -> Lengths:
     """The spacing of a grid whose axes stand at right angles, oblique in the patient or not.
 
     Args:
         affine: (4, 4) voxel -> world in mm.
+        where: the case or file, named in the error.
 
     Returns:
         mm along X, Y, Z.
@@ -162,21 +163,34 @@ def right_angled_spacing(affine: Affine) -> Lengths:
     cosine = float(np.abs(axes.T @ axes - np.eye(3)).max())
     if cosine > LARGEST_COSINE:
         raise GeometryError(
-            f"the axes of the grid are sheared by {np.degrees(np.arcsin(min(cosine, 1.0))):.1f} degrees, so surfaces cannot be "
-            "measured on it; resample the label maps onto axes at right angles, or leave surfaces out with --tolerance None."
+            f"{where}: the axes of the grid are sheared by {np.degrees(np.arcsin(min(cosine, 1.0))):.1f} degrees, so surfaces cannot "
+            "be measured on it; resample the label maps onto axes at right angles, or leave surfaces out with --tolerance None."
         )
     x, y, z = spacing.tolist()
     return x, y, z
 
 
-def require_tolerance(tolerance_mm: float) -> None:
-    """Refuse a tolerance that no distance can be held against.
+def require_surfaces(tolerance_mm: float) -> None:
+    """Refuse a tolerance that no distance can be held against, and a machine that cannot measure any.
 
     Raises:
         OptionError: below 0, NaN or infinite.
+        UnavailableError: MONAI is not installed.
     """
     if not 0 <= tolerance_mm < np.inf:
         raise OptionError(f"the tolerance of surfaces must be 0 mm or more, got {tolerance_mm}; give --tolerance 1.0.")
+    _monai()
+
+
+def _monai() -> Any:
+    """MONAI's functions on surfaces."""
+    try:
+        from monai.metrics import utils
+    except ImportError as error:
+        raise UnavailableError(
+            "surface Dice and HD95 need MONAI: pip install 'ptq3d[metrics]', or leave them out with --tolerance None."
+        ) from error
+    return utils
 
 
 def _reach(distances: NDArray[np.float32], areas: NDArray[np.float64]) -> float:
@@ -196,20 +210,15 @@ def _joint(first: tuple[slice, ...] | None, second: tuple[slice, ...] | None) ->
 def _distances(predicted: NDArray[np.bool_], true: NDArray[np.bool_], spacing: Lengths) -> SurfaceDistances:
     import torch
 
-    try:
-        from monai.metrics.utils import get_mask_edges, get_surface_distance
-    except ImportError as error:
-        raise UnavailableError(
-            "surface Dice and HD95 need MONAI: pip install 'ptq3d[metrics]', or leave them out with --tolerance None."
-        ) from error
+    monai = _monai()
     # the rim closes surfaces at the border of the box
     masks = [torch.from_numpy(np.pad(mask, 1)) for mask in (predicted, true)]
-    points, others, *areas = (part.numpy() for part in get_mask_edges(*masks, crop=False, spacing=spacing))
+    points, others, *areas = (part.numpy() for part in monai.get_mask_edges(*masks, crop=False, spacing=spacing))
     pairs = ((points, others, areas[0]), (others, points, areas[1]))
     sides = []
     for own, other, area in pairs:
         both = own.any() and other.any()
-        distances = get_surface_distance(own, other, spacing=spacing) if both else np.full(own.sum(), np.inf)
+        distances = monai.get_surface_distance(own, other, spacing=spacing) if both else np.full(own.sum(), np.inf)
         sides += [np.asarray(distances, np.float32), area[own].astype(np.float64)]
     return SurfaceDistances(*sides)
 

@@ -13,9 +13,9 @@ import pytest
 
 from ptq3d.cli import main
 from ptq3d.errors import GeometryError, LabelError, OptionError, UnavailableError
-from ptq3d.evaluate import evaluate
 from ptq3d.evaluation.metrics import dice_per_class
 from ptq3d.options import EvaluateOptions
+from ptq3d.scoring import evaluate
 from ptq3d.volumes.files import save_labels
 from ptq3d.volumes.volume import Volume
 
@@ -173,7 +173,7 @@ def test_options_that_need_one_another_are_asked_for(folders: Path, given: dict[
 def test_a_margin_without_meaning_is_refused_before_anything_is_scored(
     folders: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ptq3d.evaluate.score_case", lambda *given, **named: pytest.fail("scored"))
+    monkeypatch.setattr("ptq3d.scoring.score_case", lambda *given, **named: pytest.fail("scored"))
     options = EvaluateOptions(
         predictions=folders / "same", labels=folders / "truth", reference=folders / "same", margin=-0.1
     )
@@ -185,7 +185,7 @@ def test_a_margin_without_meaning_is_refused_before_anything_is_scored(
 def test_what_cannot_be_scored_is_refused_before_the_first_case_is(
     folders: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    monkeypatch.setattr("ptq3d.evaluate.score_case", lambda *given, **named: pytest.fail("scored"))
+    monkeypatch.setattr("ptq3d.scoring.score_case", lambda *given, **named: pytest.fail("scored"))
     flipped = AFFINE @ np.diag([-1.0, 1, 1, 1])
     label_map, kind, match = None, GeometryError, "d.nii.gz"
     if fault == "shape":

@@ -34,8 +34,8 @@ from ptq3d.options import (
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ptq3d.compare import Comparison
     from ptq3d.deployment import CaseResult
+    from ptq3d.evaluation.comparison import Comparison
 
 MEGABYTE = 1e6
 
@@ -155,12 +155,14 @@ def compare(options: CompareOptions) -> None:
     """Run `ptq3d compare`."""
     found = _verb("ptq3d.compare", "compare")(options)
     _show(options, compare_table(found))
+    for sentence in found.sentences():
+        _say(options, sentence)
     _report(options, found.to_dict())
 
 
 def evaluate(options: EvaluateOptions) -> None:
     """Run `ptq3d evaluate`; a claim that is not shown is an answer, not a fault: exit code 0."""
-    found = _verb("ptq3d.evaluate", "evaluate")(options)
+    found = _verb("ptq3d.scoring", "evaluate")(options)
     table = _table(*found.columns)
     for row in found.rows():
         table.add_row(*row)

@@ -24,6 +24,7 @@ from ptq3d.evaluation.scores import (
     paired_means,
     score_case,
     summarize,
+    summarize_all,
 )
 from ptq3d.evaluation.statistics import paired_bootstrap
 from ptq3d.evaluation.surfaces import hd95_per_class, surface_dice_per_class
@@ -89,7 +90,7 @@ def test_labels_and_tolerances_without_meaning_are_refused() -> None:
 
 def test_a_class_over_cases_is_the_mean_with_the_bootstraps_interval() -> None:
     scores = [one for seed in range(6) for one in scored(seed)]
-    *classes, whole = summarize(scores)
+    classes, whole = summarize(scores), summarize_all(scores)
     assert [one.label for one in classes] == list(NAMES[1:])
     for summary in classes[:3]:
         values = [one.dice for one in scores if one.label == summary.label]
@@ -117,7 +118,7 @@ def test_what_is_in_neither_does_not_count_and_what_was_missed_does() -> None:
         row("d", "liver", nan, nan, (0.0, 0.0)),
         row("a", "spleen", 0.0, inf, (2.0, 0.0)),
     ]
-    liver, spleen, whole = summarize(scores)
+    liver, spleen, whole = *summarize(scores), summarize_all(scores)
     assert (liver.cases, liver.one_sided) == (3, 1)
     assert liver.dice is not None
     assert liver.dice.mean == pytest.approx(1.6 / 3)
@@ -136,7 +137,8 @@ def test_what_is_in_neither_does_not_count_and_what_was_missed_does() -> None:
 def test_a_missing_row_is_a_class_in_neither() -> None:
     rows = [one for seed in range(4) for one in scored(seed)]
     present = [one for one in rows if not math.isnan(one.dice)]
-    assert summarize(present)[-1] == summarize(rows)[-1]
+    assert summarize_all(present) == summarize_all(rows)
+    assert summarize(present) == summarize(rows)[:3]
 
 
 def test_cases_are_paired_by_name_and_a_false_alarm_keeps_its_case() -> None:
@@ -149,6 +151,8 @@ def test_cases_are_paired_by_name_and_a_false_alarm_keeps_its_case() -> None:
     np.testing.assert_array_equal(second, [0.7, 0.0])
     with pytest.raises(OptionError, match=r"\['c'\]"):
         paired_means(reference, candidate[1:])
+    with pytest.raises(LabelError, match="no case has a class"):
+        paired_means(reference[2:], candidate[:1])
 
 
 def test_the_csv_reads_back_with_units_in_its_header() -> None:

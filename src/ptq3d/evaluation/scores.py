@@ -11,12 +11,12 @@ import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq3d.errors import OptionError
+from ptq3d.errors import LabelError, OptionError
 from ptq3d.evaluation.metrics import dice_per_class, volumes_ml
 from ptq3d.evaluation.statistics import Interval, MedianInterval, median_bootstrap, paired_bootstrap
 from ptq3d.evaluation.surfaces import require_surfaces, right_angled_spacing, surface_distances
@@ -109,7 +109,7 @@ def score_case(
 
 
 def summarize(scores: Iterable[Score]) -> tuple[Summary, ...]:
-    """One summary a class in the order in which they come, then one of all classes.
+    """One summary a class in the order in which they come.
 
     Args:
         scores: of all cases; a class may be missing where it is in neither map.
@@ -118,17 +118,18 @@ def summarize(scores: Iterable[Score]) -> tuple[Summary, ...]:
         Intervals hold with 95 %, by drawing cases with replacement; of fewer than about ten cases they are too narrow (see
         `non_inferiority`). A class in no case at all has 0 cases and no intervals.
     """
-    by_class: dict[str, list[Score]] = {}
-    by_case: dict[str, list[Score]] = {}
-    for score in scores:
-        by_class.setdefault(score.label, []).append(score)
-        by_case.setdefault(score.case, []).append(score)
-    whole = [_whole(case, rows) for case, rows in by_case.items()]
-    one_sided = sum(_one_sided(rows) for rows in by_class.values())
-    return (
-        *(_summary(label, rows, _one_sided(rows)) for label, rows in by_class.items()),
-        _summary(ALL, whole, one_sided),
-    )
+    return tuple(_summary(label, rows, _one_sided(rows)) for label, rows in _grouped(scores, "label").items())
+
+
+def summarize_all(scores: Iterable[Score]) -> Summary:
+    """One summary of all classes; see `summarize`.
+
+    Args:
+        scores: of all cases; a class may be missing where it is in neither map.
+    """
+    by_case = _grouped(scores, "case")
+    one_sided = sum(_one_sided(rows) for rows in by_case.values())
+    return _summary(ALL, [_whole(case, rows) for case, rows in by_case.items()], one_sided)
 
 
 def case_means(scores: Iterable[Score]) -> dict[str, float]:
@@ -137,10 +138,7 @@ def case_means(scores: Iterable[Score]) -> dict[str, float]:
     Args:
         scores: of all cases.
     """
-    by_case: dict[str, list[float]] = {}
-    for score in scores:
-        by_case.setdefault(score.case, []).append(score.dice)
-    return {case: _mean(values) for case, values in by_case.items()}
+    return {case: _mean([row.dice for row in rows]) for case, rows in _grouped(scores, "case").items()}
 
 
 def paired_means(
@@ -160,6 +158,7 @@ def paired_means(
 
     Raises:
         OptionError: they are of different cases.
+        LabelError: no case has any class.
     """
     first, second = case_means(reference), case_means(candidate)
     if set(first) != set(second):
@@ -167,6 +166,10 @@ def paired_means(
             f"only one of the two has the cases {sorted(set(first) ^ set(second))}; compare label maps of the same cases."
         )
     kept = tuple(case for case in first if not (np.isnan(first[case]) and np.isnan(second[case])))
+    if not kept:
+        raise LabelError(
+            "no case has a class in its labels or in its label map, so nothing can be held against each other."
+        )
     values = np.array([[one[case] for case in kept] for one in (first, second)], np.float64)
     values[np.isnan(values)] = 1.0
     return kept, values[0], values[1]
@@ -215,6 +218,13 @@ def _surfaces(
         dice.append(distances.surface_dice(tolerance_mm))
         hd95.append(distances.hd95())
     return dice, hd95
+
+
+def _grouped(scores: Iterable[Score], by: Literal["case", "label"]) -> dict[str, list[Score]]:
+    groups: dict[str, list[Score]] = {}
+    for score in scores:
+        groups.setdefault(getattr(score, by), []).append(score)
+    return groups
 
 
 def _whole(case: str, rows: Sequence[Score]) -> Score:

@@ -22,6 +22,7 @@ from ptq3d.evaluation.scores import (
     paired_means,
     score_case,
     summarize,
+    summarize_all,
 )
 from ptq3d.evaluation.statistics import Interval, MedianInterval, NonInferiority, non_inferiority, require_margin
 from ptq3d.evaluation.surfaces import require_surfaces, right_angled_spacing
@@ -124,7 +125,7 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
     if options.csv is not None:
         sources = {str(options.predictions): own, **({str(options.reference): others} if others else {})}
         write_text(options.csv, csv_text(sources))
-    return Evaluation(own, summarize(own), options.tolerance, others, found)
+    return Evaluation(own, (*summarize(own), summarize_all(own)), options.tolerance, others, found)
 
 
 @dataclass(frozen=True)

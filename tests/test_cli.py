@@ -362,7 +362,18 @@ def test_import_and_help_are_light() -> None:
         [sys.executable, "-m", "ptq3d.cli", "--help"], capture_output=True, text=True, check=True
     ).stdout
     assert time.perf_counter() - start < 5  # the figure itself is in the README; here only: nothing heavy is loaded
-    for verb in ("train", "export", "calibrate", "quantize", "build", "deploy", "compare", "inspect", "demo"):
+    for verb in (
+        "train",
+        "export",
+        "calibrate",
+        "quantize",
+        "build",
+        "deploy",
+        "compare",
+        "evaluate",
+        "inspect",
+        "demo",
+    ):
         assert verb in shown
 
 

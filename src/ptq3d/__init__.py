@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         CompareOptions,
         DemoOptions,
         DeployOptions,
+        EvaluateOptions,
         ExportOptions,
         InspectOptions,
         QuantizeOptions,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
         TrainOptions,
     )
     from ptq3d.pipeline import calibrate, train
+    from ptq3d.scoring import evaluate
     from ptq3d.verification import quantize, sensitivity
 
 # public name -> module; loaded on first use, so that `import ptq3d` loads no torch, openvino or monai
@@ -36,6 +38,7 @@ _MODULES = {
     "CompareOptions": "options",
     "DemoOptions": "options",
     "DeployOptions": "options",
+    "EvaluateOptions": "options",
     "ExportOptions": "options",
     "InspectOptions": "options",
     "QuantizeOptions": "options",
@@ -46,6 +49,7 @@ _MODULES = {
     "compare": "compare",
     "demo": "demo",
     "deploy": "deployment",
+    "evaluate": "scoring",
     "export": "exporting",
     "inspect": "inspection",
     "quantize": "verification",
@@ -59,6 +63,7 @@ __all__ = [
     "CompareOptions",
     "DemoOptions",
     "DeployOptions",
+    "EvaluateOptions",
     "ExportOptions",
     "InspectOptions",
     "QuantizeOptions",
@@ -70,6 +75,7 @@ __all__ = [
     "compare",
     "demo",
     "deploy",
+    "evaluate",
     "export",
     "inspect",
     "quantize",

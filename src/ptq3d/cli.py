@@ -26,6 +26,7 @@ from ptq3d.options import (
     DataShowOptions,
     DemoOptions,
     DeployOptions,
+    EvaluateOptions,
     ExportOptions,
     InspectOptions,
     QuantizeOptions,
@@ -36,8 +37,8 @@ from ptq3d.options import (
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ptq3d.compare import Comparison
     from ptq3d.deployment import CaseResult
+    from ptq3d.evaluation.comparison import Comparison
 
 MEGABYTE = 1e6
 
@@ -185,6 +186,20 @@ def compare(options: CompareOptions) -> None:
     """Run `ptq3d compare`."""
     found = _verb("ptq3d.compare", "compare")(options)
     _show(options, compare_table(found))
+    for sentence in found.sentences():
+        _say(options, sentence)
+    _report(options, found.to_dict())
+
+
+def evaluate(options: EvaluateOptions) -> None:
+    """Run `ptq3d evaluate`; a claim that is not shown is an answer, not a fault: exit code 0."""
+    found = _verb("ptq3d.scoring", "evaluate")(options)
+    table = _table(*found.columns)
+    for row in found.rows():
+        table.add_row(*row)
+    _show(options, table)
+    for sentence in found.sentences():
+        _say(options, sentence)
     _report(options, found.to_dict())
 
 
@@ -228,6 +243,7 @@ VERBS: Mapping[type[Common], Callable[..., None]] = {
     BuildOptions: build,
     DeployOptions: deploy,
     CompareOptions: compare,
+    EvaluateOptions: evaluate,
     InspectOptions: inspect,
     DemoOptions: demo,
 }
@@ -242,6 +258,7 @@ Command = (
     | Annotated[BuildOptions, subcommand("build")]
     | Annotated[DeployOptions, subcommand("deploy")]
     | Annotated[CompareOptions, subcommand("compare")]
+    | Annotated[EvaluateOptions, subcommand("evaluate")]
     | Annotated[InspectOptions, subcommand("inspect")]
     | Annotated[DemoOptions, subcommand("demo")]
 )

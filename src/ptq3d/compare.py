@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
@@ -18,6 +18,7 @@ import numpy as np
 from ptq3d.artefacts import artefact_size
 from ptq3d.datasets.cases import Case, read_image, true_classes
 from ptq3d.datasets.folders import find_cases
+from ptq3d.datasets.label_map import LabelMap
 from ptq3d.deployment import (
     CaseResult,
     Deployment,
@@ -28,126 +29,36 @@ from ptq3d.deployment import (
 )
 from ptq3d.engines.base import Engine, EngineOptions, Precision, int8_mac_share
 from ptq3d.errors import EngineError, OptionError
-from ptq3d.evaluation.certificate import certificate
-from ptq3d.evaluation.metrics import dice_per_class, fidelity_per_class, mean_dice
-from ptq3d.evaluation.statistics import Interval, LatencySummary, paired_bootstrap
+from ptq3d.evaluation.comparison import Comparison, Row
+from ptq3d.evaluation.metrics import fidelity_per_class, mean_dice
+from ptq3d.evaluation.scores import Score, csv_text, paired_means, score_case
+from ptq3d.evaluation.statistics import (
+    Interval,
+    LatencySummary,
+    NonInferiority,
+    non_inferiority,
+    paired_bootstrap,
+    require_margin,
+)
+from ptq3d.evaluation.surfaces import require_surfaces, right_angled_spacing
+from ptq3d.manifest import write_text
 from ptq3d.memory import peak_memory_bytes
 from ptq3d.options import CompareOptions
 from ptq3d.progress import bar
 from ptq3d.volumes.files import load_labels
+from ptq3d.volumes.volume import Volume
 
 WARM_UP = 2
-
-
-@dataclass(frozen=True)
-class Row:
-    """What was measured of one engine; see `to_dict` for the units.
-
-    Args:
-        name: as given on the command line.
-        engine: the runtime.
-        precision: "int8" where any layer runs so, otherwise the floating-point type.
-        size_bytes: of the artefact's files.
-        latency: of one window, in ms.
-        case_seconds: whole case, reading to writing, one a case.
-        peak_memory_bytes: of the process that segmented the cases, libraries included.
-        int8_mac_share: as the runtime reports it.
-        dice: (cases, K - 1), NaN where a class is in neither; empty without labels.
-        fidelity: one a case.
-        kept: (cases, K - 1) fidelity of each class, NaN where it is too small.
-        dice_change: mean Dice minus the first engine's, over cases.
-    """
-
-    name: str
-    engine: str
-    precision: str
-    size_bytes: int
-    latency: LatencySummary
-    case_seconds: tuple[float, ...]
-    peak_memory_bytes: int
-    int8_mac_share: float
-    dice: np.ndarray
-    fidelity: tuple[float, ...]
-    kept: np.ndarray
-    dice_change: Interval | None
-
-    @property
-    def mean_dice(self) -> float | None:
-        """Mean over cases of the mean over classes; None without labels."""
-        return float(np.mean([mean_dice(case) for case in self.dice])) if self.dice.size else None
-
-    def to_dict(self, names: Sequence[str], cases: Sequence[str]) -> dict[str, Any]:
-        """JSON-able, one key a figure; `names` are the foreground classes, `cases` the cases."""
-        change = self.dice_change
-        return {
-            "name": self.name,
-            "engine": self.engine,
-            "precision": self.precision,
-            "size_bytes": self.size_bytes,
-            "window_latency_ms": {
-                "median": self.latency.median,
-                "p5": self.latency.p5,
-                "p95": self.latency.p95,
-                "n": self.latency.n,
-                "batch": 1,
-            },
-            "case_seconds": float(np.median(self.case_seconds)),
-            "case_seconds_each": list(self.case_seconds),
-            "peak_memory_bytes": self.peak_memory_bytes,
-            "mean_dice": self.mean_dice,
-            "dice_change": None
-            if change is None
-            else {"mean": change.mean, "low": change.low, "high": change.high, "confidence": 0.95},
-            "dice_per_class": _per_class(self.dice, names),
-            "fidelity": float(np.mean(self.fidelity)),
-            "fidelity_worst_case": float(np.min(self.fidelity)),
-            "int8_mac_share": self.int8_mac_share,
-            "certificate": certificate(cases, names, self.kept),
-        }
-
-
-def _per_class(dice: np.ndarray, names: Sequence[str]) -> dict[str, float | None]:
-    if not dice.size:
-        return {}
-    present = ~np.isnan(dice)
-    return {name: float(dice[present[:, i], i].mean()) if present[:, i].any() else None for i, name in enumerate(names)}
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The rows of a comparison, the first engine first.
-
-    Args:
-        rows: one an engine.
-        classes: foreground class names.
-        cases: names of the cases.
-        window: (X, Y, Z) of the first engine.
-        notes: how it was measured.
-    """
-
-    rows: tuple[Row, ...]
-    classes: tuple[str, ...]
-    cases: tuple[str, ...]
-    window: tuple[int, int, int]
-    notes: Mapping[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as JSON-able data."""
-        return {
-            "rows": [row.to_dict(self.classes, self.cases) for row in self.rows],
-            "cases": list(self.cases),
-            "window": list(self.window),
-            **self.notes,
-        }
 
 
 def compare(options: CompareOptions) -> Comparison:
     """Measure engines or ONNX files side by side, FP32 first.
 
     Raises:
-        OptionError: no model, one named twice, or models of different classes.
+        OptionError: no model, one named twice, models of different classes, or scores asked for without labels.
         InputError: of the tree in `ptq3d.errors`, before the first measurement.
     """
+    _require_labels_to_score(options)
     deployments = [_deployment(text, options) for text in _distinct(options.models)]
     manifest = deployments[0].manifest
     _require_same_classes(options.models, deployments)
@@ -155,19 +66,27 @@ def compare(options: CompareOptions) -> Comparison:
     label_map = truth_map(options.label_map, manifest)
     for deployment in deployments:
         warn_of_calibration_cases(deployment.manifest, cases)
-    truths = [true_classes(case, read_image(case), label_map) for case in cases]
+    truths = [_truth(case, label_map, surfaces=options.tolerance is not None) for case in cases]
     with tempfile.TemporaryDirectory() as scratch:
         timed = _time_windows(deployments, cases[0], options)
         outputs = [(options.output or Path(scratch)) / _folder_name(text) for text in options.models]
         runs = _segment_all(deployments, cases, outputs, quiet=options.quiet)
-        judged = [_judge(cases, output, outputs[0], truths, manifest.classes) for output in outputs]
+        judge = _Judge(cases, truths, label_map.names, options.tolerance)
+        judged = [judge.verdict(output, outputs[0]) for output in outputs]
     rows = tuple(
-        _row(text, deployment, latency, run, verdict, judged[0].dice)
+        _row(text, deployment, latency, run, _Change(verdict, judged[0], options.margin))
         for text, deployment, latency, run, verdict in zip(
             options.models, deployments, timed, runs, judged, strict=True
         )
     )
-    notes = {"repetitions": options.repetitions, "threads": options.threads, "machine": machine()}
+    if options.csv is not None:
+        write_text(options.csv, csv_text({row.name: row.scores for row in rows}))
+    notes = {
+        "repetitions": options.repetitions,
+        "threads": options.threads,
+        "machine": machine(),
+        "tolerance_mm": options.tolerance,
+    }
     return Comparison(rows, label_map.names[1:], tuple(case.name for case in cases), manifest.window, notes)
 
 
@@ -185,18 +104,39 @@ class _Run:
 
 @dataclass(frozen=True)
 class _Verdict:
-    """Dice (cases, K - 1), empty without labels; fidelity of each case, and of each class (cases, K - 1)."""
+    """Scores of all cases, empty without labels; fidelity of each class (cases, K - 1)."""
 
-    dice: np.ndarray
+    scores: tuple[Score, ...]
     kept: np.ndarray
 
+
+@dataclass(frozen=True)
+class _Change:
+    """A verdict and the first engine's, and the loss of mean Dice that does not matter."""
+
+    verdict: _Verdict
+    first: _Verdict
+    margin: float | None
+
     @property
-    def fidelity(self) -> tuple[float, ...]:
-        return tuple(mean_dice(case) for case in self.kept)
+    def interval(self) -> Interval | None:
+        means = self._means()
+        return None if means is None else paired_bootstrap(*means)
+
+    @property
+    def non_inferiority(self) -> NonInferiority | None:
+        means = self._means()
+        return None if means is None or self.margin is None else non_inferiority(*means, margin=self.margin)
+
+    def _means(self) -> tuple[np.ndarray, np.ndarray] | None:
+        if self.verdict is self.first or not self.verdict.scores:
+            return None
+        _, *means = paired_means(self.first.scores, self.verdict.scores)
+        return means[0], means[1]
 
 
-def _row(name: str, deployment: Deployment, timed: _Timed, run: _Run, verdict: _Verdict, first: np.ndarray) -> Row:
-    changed = verdict.dice is not first and verdict.dice.size > 0
+def _row(name: str, deployment: Deployment, timed: _Timed, run: _Run, change: _Change) -> Row:
+    verdict = change.verdict
     return Row(
         name=name,
         engine=deployment.manifest.engine["name"],
@@ -206,11 +146,34 @@ def _row(name: str, deployment: Deployment, timed: _Timed, run: _Run, verdict: _
         case_seconds=tuple(result.seconds["total"] for result in run.results),
         peak_memory_bytes=run.peak_memory_bytes,
         int8_mac_share=timed.int8_mac_share,
-        dice=verdict.dice,
-        fidelity=verdict.fidelity,
+        scores=verdict.scores,
+        fidelity=tuple(mean_dice(case) for case in verdict.kept),
         kept=verdict.kept,
-        dice_change=_change(first, verdict.dice) if changed else None,
+        dice_change=change.interval,
+        non_inferiority=change.non_inferiority,
     )
+
+
+def _require_labels_to_score(options: CompareOptions) -> None:
+    """Refuse what scores would be needed for, before anything is measured."""
+    asked = [name for name in ("margin", "tolerance", "csv") if getattr(options, name) is not None]
+    if asked and options.labels is None:
+        raise OptionError(f"--{asked[0]} is about true labels; give them with --labels.")
+    if options.margin is not None:
+        require_margin(options.margin)
+    if options.tolerance is not None:
+        require_surfaces(options.tolerance)
+
+
+def _truth(case: Case, label_map: LabelMap, *, surfaces: bool) -> Volume | None:
+    """(1, X, Y, Z) classes of a case's labels, None where it has none."""
+    image = read_image(case)
+    truth = true_classes(case, image, label_map)
+    if truth is None:
+        return None
+    if surfaces:
+        right_angled_spacing(image.affine, where=case.where)
+    return Volume(truth[None], image.affine)
 
 
 def _distinct(models: Sequence[str]) -> Sequence[str]:
@@ -313,21 +276,25 @@ def _segment(deployment: Deployment, cases: list[Case], output: Path) -> _Run:
     return _Run(results, peak_memory_bytes())
 
 
-def _judge(
-    cases: Sequence[Case], output: Path, reference: Path, truths: Sequence[np.ndarray | None], classes: int
-) -> _Verdict:
-    """What the label maps in `output` are worth against the truth, and against those in `reference`."""
-    dice, kept = [], []
-    for case, truth in zip(cases, truths, strict=True):
-        found = load_labels(output / f"{case.name}.nii.gz").data[0]
-        if truth is not None:
-            dice.append(dice_per_class(found, truth, classes))
-        kept.append(fidelity_per_class(found, load_labels(reference / f"{case.name}.nii.gz").data[0], classes))
-    return _Verdict(np.asarray(dice), np.asarray(kept))
+@dataclass(frozen=True)
+class _Judge:
+    """What label maps of `cases` are held against: the truth where it is known, with the names of all classes."""
 
+    cases: Sequence[Case]
+    truths: Sequence[Volume | None]
+    names: tuple[str, ...]
+    tolerance_mm: float | None
 
-def _change(first: np.ndarray, second: np.ndarray) -> Interval:
-    return paired_bootstrap([mean_dice(case) for case in first], [mean_dice(case) for case in second])
+    def verdict(self, output: Path, reference: Path) -> _Verdict:
+        """What the label maps in `output` are worth against the truth, and against those in `reference`."""
+        scores: list[Score] = []
+        kept = []
+        for case, truth in zip(self.cases, self.truths, strict=True):
+            found, expected = (load_labels(place / f"{case.name}.nii.gz").data[0] for place in (output, reference))
+            kept.append(fidelity_per_class(found, expected, len(self.names)))
+            if truth is not None:
+                scores += score_case(case.name, found, truth, names=self.names, tolerance_mm=self.tolerance_mm)
+        return _Verdict(tuple(scores), np.asarray(kept))
 
 
 def machine() -> dict[str, Any]:

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from ptq3d.artefacts import build
-from ptq3d.compare import Comparison, compare
+from ptq3d.compare import compare
 from ptq3d.datasets.phantoms import write_phantoms
 from ptq3d.errors import OptionError
+from ptq3d.evaluation.comparison import Comparison
 from ptq3d.evaluation.figures import Bar, Slice, draw_report
 from ptq3d.exporting import export
 from ptq3d.manifest import write_text

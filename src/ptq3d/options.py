@@ -334,6 +334,32 @@ class CompareOptions(Common):
     """Of neighbouring windows; default: the manifest's, or 0.5."""
     threads: int = 0
     """CPU threads; 0 for all."""
+    margin: float | None = None
+    """With labels: say of each further engine whether its mean Dice is at most this much below the first one's."""
+    tolerance: float | None = None
+    """With labels: also measure surface Dice within this many mm, and HD95; needs MONAI."""
+    csv: Path | None = None
+    """With labels: write the scores of each engine, case and class, volumes included, to this file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(Common):
+    """Score label maps against true ones: Dice, surface Dice, HD95, volumes; and whether they are no worse than others."""
+
+    predictions: Positional[Path]
+    """A label map or a folder of them; values are classes 0, 1, 2, ... where a label map is given, as in the true ones otherwise."""
+    labels: Annotated[Path, arg(aliases=["--label-path"])]
+    """True label maps on the same grids, of the same names or numbers."""
+    reference: Path | None = None
+    """Label maps of the same cases that the predictions must not be worse than, such as FP32's; with --margin."""
+    margin: float | None = None
+    """The largest loss of mean Dice against the reference that does not matter, e.g. 0.01."""
+    label_map: Path | None = None
+    """JSON with class names and, if the true label maps hold other ids, the ids of each class; without it classes are the values."""
+    tolerance: float | None = 1.0
+    """Of surface Dice, in mm; None leaves out surface Dice and HD95, which need MONAI."""
+    csv: Path | None = None
+    """Write the scores of each case and class to this file."""
 
 
 @dataclass(frozen=True, kw_only=True)

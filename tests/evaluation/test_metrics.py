@@ -12,7 +12,7 @@ from monai.metrics import DiceMetric
 from monai.networks import one_hot
 
 from ptq3d.errors import LabelError, ShapeError
-from ptq3d.evaluation.metrics import dice_per_class, fidelity, mean_dice
+from ptq3d.evaluation.metrics import dice_per_class, fidelity, mean_dice, volumes_ml
 
 CLASSES = 5
 MAPS = st.integers(0, 2**32 - 1).map(
@@ -75,6 +75,21 @@ def test_fidelity_counts_classes_that_are_large_in_the_reference() -> None:
 def test_fidelity_of_all_present_classes_is_mean_dice() -> None:
     maps = np.random.default_rng(0).integers(0, CLASSES, (2, 9, 9, 9)).astype(np.uint8)
     assert fidelity(maps[0], maps[1], CLASSES, min_voxels=1) == pytest.approx(mean_dice(dice_per_class(*maps, CLASSES)))
+
+
+@settings(max_examples=20, deadline=None)
+@given(MAPS, st.tuples(*[st.floats(0.3, 6)] * 3), st.floats(-1, 1))
+def test_volumes_are_simpleitks_also_where_axes_are_sheared(
+    maps: np.ndarray, spacing: tuple[float, float, float], shear: float
+) -> None:
+    affine = np.diag([*spacing, 1])
+    affine[0, 1] = shear  # moves layers along themselves, and so changes no volume
+    image = sitk.GetImageFromArray(np.transpose(maps[0]))
+    image.SetSpacing(spacing)
+    shapes = sitk.LabelShapeStatisticsImageFilter()
+    shapes.Execute(image)
+    expected = [shapes.GetPhysicalSize(index) / 1000 if shapes.HasLabel(index) else 0 for index in range(1, CLASSES)]
+    assert volumes_ml(maps[0], CLASSES, affine=affine) == pytest.approx(expected)
 
 
 def test_maps_that_cannot_be_compared_are_refused() -> None:

@@ -8,9 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq3d.errors import LabelError, ShapeError
+from ptq3d.volumes.volume import Affine
 
 MIN_VOXELS = 1000  # a class of a few voxels says nothing of fidelity
 CHUNK = 1 << 22  # counting widens labels to 8 bytes; in pieces that stays small
+MM3_IN_ML = 1000.0
 
 
 def dice_per_class(prediction: NDArray[Any], truth: NDArray[Any], classes: int) -> NDArray[np.float64]:
@@ -89,8 +91,37 @@ def fidelity_per_class(
     return kept
 
 
-def _counts(first: NDArray[Any], second: NDArray[Any], classes: int) -> NDArray[np.int64]:
-    """(3, K) int64: voxels of each class in both maps, in the first, in the second."""
+def volumes_ml(labels: NDArray[Any], classes: int, *, affine: Affine) -> NDArray[np.float64]:
+    """Volume of each foreground class.
+
+    Args:
+        labels: any shape, integers 0..classes - 1.
+        classes: K, background included.
+        affine: (4, 4) voxel -> world in mm; oblique and sheared grids are right too.
+
+    Returns:
+        (K - 1,) float64 in ml for classes 1..K - 1.
+
+    Raises:
+        ShapeError: see `dice_per_class`.
+        LabelError: see `dice_per_class`.
+    """
+    voxel_ml = abs(float(np.linalg.det(affine[:3, :3]))) / MM3_IN_ML
+    return np.asarray(_counts(labels, labels, classes)[1, 1:] * voxel_ml, np.float64)
+
+
+def require_labels(first: NDArray[Any], second: NDArray[Any], classes: int) -> None:
+    """Refuse two arrays that are no label maps of one grid.
+
+    Args:
+        first: label map.
+        second: label map.
+        classes: K, background included.
+
+    Raises:
+        ShapeError: the shapes differ, or the dtypes are not integers.
+        LabelError: values outside 0..classes - 1.
+    """
     if first.shape != second.shape or first.dtype.kind not in "ui" or second.dtype.kind not in "ui":
         raise ShapeError(
             f"label maps to compare must be integers of one shape, got {first.shape} {first.dtype} "
@@ -98,6 +129,11 @@ def _counts(first: NDArray[Any], second: NDArray[Any], classes: int) -> NDArray[
         )
     _require_classes(first, classes)
     _require_classes(second, classes)
+
+
+def _counts(first: NDArray[Any], second: NDArray[Any], classes: int) -> NDArray[np.int64]:
+    """(3, K) int64: voxels of each class in both maps, in the first, in the second."""
+    require_labels(first, second, classes)
     ones, others = np.ravel(first), np.ravel(second)
     counts = np.zeros((3, classes), np.int64)
     for start in range(0, ones.size, CHUNK):

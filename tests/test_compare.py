@@ -83,7 +83,7 @@ def test_scores_of_every_engine_case_and_class(folder: Path, capsys: pytest.Capt
 @pytest.mark.parametrize("asked", [("--margin", "0.01"), ("--tolerance", "1"), ("--csv", "s.csv")])
 def test_scores_need_labels(folder: Path, capsys: pytest.CaptureFixture[str], asked: tuple[str, str]) -> None:
     assert main(arguments(folder, *asked)) == 2
-    assert f"{asked[0]} is about true labels; give them with --labels." in capsys.readouterr().err
+    assert f"{asked[0]} is about true labels of the network" in capsys.readouterr().err
     assert not (folder / "out").exists()
 
 

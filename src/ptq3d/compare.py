@@ -16,15 +16,14 @@ from typing import Any, cast, get_args
 import numpy as np
 
 from ptq3d.artefacts import artefact_size
+from ptq3d.data import find_data, judged_by
 from ptq3d.datasets.cases import Case, read_image, true_classes
-from ptq3d.datasets.folders import find_cases
 from ptq3d.datasets.label_map import LabelMap
 from ptq3d.deployment import (
     CaseResult,
     Deployment,
     deploy_cases,
     prepare,
-    truth_map,
     warn_of_calibration_cases,
 )
 from ptq3d.engines.base import Engine, EngineOptions, Precision, int8_mac_share
@@ -47,6 +46,7 @@ from ptq3d.options import CompareOptions
 from ptq3d.progress import bar
 from ptq3d.volumes.files import load_labels
 from ptq3d.volumes.volume import Volume
+from ptq3d.writing import Writing
 
 WARM_UP = 2
 
@@ -58,12 +58,13 @@ def compare(options: CompareOptions) -> Comparison:
         OptionError: no model, one named twice, models of different classes, or scores asked for without labels.
         InputError: of the tree in `ptq3d.errors`, before the first measurement.
     """
-    _require_labels_to_score(options)
+    _require_meaning(options)
     deployments = [_deployment(text, options) for text in _distinct(options.models)]
     manifest = deployments[0].manifest
     _require_same_classes(options.models, deployments)
-    cases = find_cases(options.data, options.labels, required_labels=options.labels is not None)
-    label_map = truth_map(options.label_map, manifest)
+    found = find_data(options.data, options.labels, split=options.split, usual=("test", "val"), series=options.series)
+    cases, label_map = judged_by(found, manifest, labels=options.labels, label_map=options.label_map)
+    _require_labels_to_score(options, cases)
     for deployment in deployments:
         warn_of_calibration_cases(deployment.manifest, cases)
     truths = [_truth(case, label_map, surfaces=options.tolerance is not None) for case in cases]
@@ -154,15 +155,19 @@ def _row(name: str, deployment: Deployment, timed: _Timed, run: _Run, change: _C
     )
 
 
-def _require_labels_to_score(options: CompareOptions) -> None:
-    """Refuse what scores would be needed for, before anything is measured."""
-    asked = [name for name in ("margin", "tolerance", "csv") if getattr(options, name) is not None]
-    if asked and options.labels is None:
-        raise OptionError(f"--{asked[0]} is about true labels; give them with --labels.")
+def _require_meaning(options: CompareOptions) -> None:
+    """Refuse a margin or tolerance without meaning, before anything is read."""
     if options.margin is not None:
         require_margin(options.margin)
     if options.tolerance is not None:
         require_surfaces(options.tolerance)
+
+
+def _require_labels_to_score(options: CompareOptions, cases: Sequence[Case]) -> None:
+    """Refuse what scores would be needed for, before anything is measured."""
+    asked = [name for name in ("margin", "tolerance", "csv") if getattr(options, name) is not None]
+    if asked and all(case.labels is None for case in cases):
+        raise OptionError(f"--{asked[0]} is about true labels of the network's classes; give them with --labels.")
 
 
 def _truth(case: Case, label_map: LabelMap, *, surfaces: bool) -> Volume | None:
@@ -268,7 +273,7 @@ def _segment(deployment: Deployment, cases: list[Case], output: Path) -> _Run:
 
     unlabelled = [case.unlabelled() for case in cases]
     results = deploy_cases(
-        deployment, unlabelled, output, label_map=LabelMap.identity(deployment.manifest.labels), quiet=True
+        deployment, unlabelled, Writing(output), label_map=LabelMap.identity(deployment.manifest.labels), quiet=True
     )
     for result in results:
         if result.error is not None:

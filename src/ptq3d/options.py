@@ -319,9 +319,13 @@ class CompareOptions(Common):
     models: Positional[tuple[str, ...]]
     """FP32 first. Each PATH, PATH@ENGINE or PATH@ENGINE:PRECISION, e.g. net.onnx@openvino:bf16."""
     data: Annotated[Path, arg(aliases=["--data-path"])]
-    """A volume or a folder of volumes."""
+    """A volume, a DICOM series, a folder of these, a data set in one of the known layouts, or a list of cases."""
     labels: Annotated[Path | None, arg(aliases=["--label-path"])] = None
     """True label maps; without them fidelity is still measured."""
+    split: str | None = None
+    """Of the data set, or all; default: test or val, where it has such a split."""
+    series: str | None = None
+    """Which DICOM series: its number, UID, or a part of its description; all for every one."""
     label_map: Path | None = None
     """JSON with the ids of each class in the label files."""
     preprocessing: str | None = None

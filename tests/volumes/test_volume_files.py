@@ -12,10 +12,10 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from grids import affines, noise
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from grids import affines, noise
 from ptq3d.errors import FileError, GeometryError, InputError, IntensityError, LabelError, Ptq3dError, ShapeError
 from ptq3d.volumes.files import is_volume, load_image, load_labels, save_labels
 from ptq3d.volumes.volume import Volume

@@ -6,6 +6,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ptq3d.datasets.cases import Case
 from ptq3d.datasets.label_map import LabelMap
@@ -78,6 +79,25 @@ class Dataset:
     def splits(self) -> tuple[str, ...]:
         """The splits that its cases name, in their order."""
         return tuple(dict.fromkeys(case.split for case in self.cases if case.split))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {
+            "layout": self.layout,
+            "root": str(self.root),
+            "cases": [
+                {
+                    "name": case.name,
+                    "split": case.split,
+                    "images": [str(source) for source in case.images],
+                    "labels": [str(path) for path in case.label_files],
+                }
+                for case in self.cases
+            ],
+            "classes": None if self.label_map is None else list(self.label_map.names),
+            "channels": list(self.channels),
+            "ignored": [{"path": str(one.path), "reason": one.reason} for one in self.ignored],
+        }
 
 
 def arranged(cases: Iterable[Case]) -> tuple[Case, ...]:

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq3d.data import find_data
+from ptq3d.data import find_data, numbered
 from ptq3d.datasets.cases import Case, read_image, read_labels
 from ptq3d.datasets.dataset import Dataset
 from ptq3d.datasets.label_map import LabelMap
@@ -98,6 +98,14 @@ class Checked:
     def errors(self) -> int:
         """How many problems make the set unfit for use."""
         return sum(problem.severity == "error" for problem in self.problems)
+
+    @property
+    def told(self) -> str:
+        """The result in one line."""
+        warnings = len(self.problems) - self.errors
+        counts = ((len(self.cases), "case"), (self.errors, "error"), (warnings, "warning"))
+        cases, errors, others = (numbered(number, thing) for number, thing in counts)
+        return f"{cases} read, {errors}, {others}"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""

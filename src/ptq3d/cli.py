@@ -37,10 +37,12 @@ from ptq3d.options import (
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from ptq3d.checking import CaseFacts
     from ptq3d.deployment import CaseResult
     from ptq3d.evaluation.comparison import Comparison
 
 MEGABYTE = 1e6
+MANY_CASES = 40  # more rows than anyone reads
 
 
 def show_data(options: DataShowOptions) -> None:
@@ -58,17 +60,29 @@ def show_data(options: DataShowOptions) -> None:
 def check_data(options: DataCheckOptions) -> None:
     """Run `ptq3d data check`."""
     checked = _verb("ptq3d.checking", "check")(options)
+    _show(options, _cases_table(checked.cases))
     table = _table("", "case", "what", "found", right=False)
     for problem in checked.problems:
         table.add_row(problem.severity, problem.case or "all", problem.kind, problem.text)
     if checked.problems:
         _show(options, table)
-    warnings = len(checked.problems) - checked.errors
     _report(options, checked.to_dict())
-    told = f"{len(checked.cases)} cases read, {checked.errors} errors, {warnings} warnings"
+    told = checked.told
     if checked.errors:
         raise FileError(f"{options.data} is not fit for use: {told}.")
     _say(options, told)
+
+
+def _cases_table(cases: Sequence[CaseFacts]) -> Table:
+    """What was read of each case; of a large set only of those with problems."""
+    shown = [case for case in cases if case.problems] if len(cases) > MANY_CASES else cases
+    table = _table("case", "split", "channels", "voxels", "spacing mm", "axes", "values", "label values", "problems")
+    for case in shown:
+        sizes = (" x ".join(map(str, case.shape)), " x ".join(f"{size:.3g}" for size in case.spacing), case.orientation)
+        values = " .. ".join(f"{value:.6g}" for value in case.intensity)
+        labels = f"{sum(value > 0 for value, _ in case.values)} of 1..{case.values[-1][0]}" if case.values else "none"
+        table.add_row(case.name, case.split, str(case.channels), *sizes, values, labels, str(len(case.problems)))
+    return table
 
 
 def train(options: TrainOptions) -> None:
@@ -273,7 +287,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.write(f"ptq3d {__version__}\n")
         return 0
     options = tyro.cli(
-        Command, args=given, prog="ptq3d", description=DESCRIPTION, config=(tyro.conf.FlagCreatePairsOff,)
+        Command,
+        args=given,
+        prog="ptq3d",
+        description=DESCRIPTION,
+        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
     )
     return run(options.verb if isinstance(options, DataOptions) else options)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ptq3d.datasets.cases import Case
-from ptq3d.datasets.dataset import Dataset
+from ptq3d.datasets.dataset import Dataset, Ignored
 from ptq3d.datasets.label_map import LabelMap
 from ptq3d.datasets.layouts import open_dataset
 from ptq3d.errors import InputError, LabelError, OptionError
@@ -154,7 +154,7 @@ def _plain(name: str) -> str:
 
 def described(found: Dataset) -> str:
     """One line: layout, cases, classes, channels, spacing, and what was left out."""
-    parts = [f"{found.layout} ({found.root}): {_numbered(len(found.cases), 'case')}"]
+    parts = [f"{found.layout} ({found.root}): {numbered(len(found.cases), 'case')}"]
     if found.splits:
         counts = Counter(case.split or "without split" for case in found.cases)
         parts[0] += f" ({', '.join(f'{number} {split}' for split, number in counts.items())})"
@@ -163,12 +163,18 @@ def described(found: Dataset) -> str:
         parts.append(f"{channels} channels" + (f" ({', '.join(found.channels)})" if found.channels else ""))
     parts += [f"spacing {spacing}" for spacing in _spacings(found.cases)]
     if found.ignored:
-        shown = "; ".join(f"{one.path.name}: {one.reason}" for one in found.ignored[:SHOWN_FILES])
-        more = len(found.ignored) - SHOWN_FILES
-        parts.append(
-            f"{_numbered(len(found.ignored), 'file')} ignored ({shown}{f'; and {more} more' if more > 0 else ''})"
-        )
+        parts.append(f"{numbered(len(found.ignored), 'file')} ignored ({'; '.join(_reasons(found.ignored))})")
     return ", ".join(parts)
+
+
+def _reasons(ignored: Sequence[Ignored]) -> Iterator[str]:
+    """What was left out, by the reason."""
+    by_reason: dict[str, list[str]] = {}
+    for one in ignored:
+        by_reason.setdefault(one.reason, []).append(one.path.name)
+    for reason, names in by_reason.items():
+        more = len(names) - SHOWN_FILES
+        yield f"{reason}: {', '.join(names[:SHOWN_FILES])}{f' and {more} more' if more > 0 else ''}"
 
 
 def _labelled(found: Dataset) -> str:
@@ -179,7 +185,8 @@ def _labelled(found: Dataset) -> str:
     return f"labels{of}" if number == len(found.cases) else f"labels{of} for {number} of them"
 
 
-def _numbered(number: int, thing: str) -> str:
+def numbered(number: int, thing: str) -> str:
+    """ "1 case", "2 cases"."""
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 

@@ -1,0 +1,144 @@
+"""What --data names is found, told in a line, and its labels are used only where they mean the network's classes."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ptq3d.data import described, find_data, fitting, judged_by, with_labels, without_labels
+from ptq3d.datasets.btcv import BTCV_ORGANS
+from ptq3d.datasets.label_map import LabelMap
+from ptq3d.errors import LabelError, OptionError
+from ptq3d.manifest import Manifest
+
+WINDOW = (8, 8, 8)
+
+
+def written(path: Path, spacing: float = 1.0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(nibabel.Nifti1Image(np.zeros((2, 3, 4), np.int16), np.diag([spacing, 1, 1, 1])), path)
+
+
+@pytest.fixture
+def btcv(tmp_path: Path) -> Path:
+    """The seed's layout: two cases to train on, one to test."""
+    for index, split in enumerate(("train", "train", "test"), 1):
+        written(tmp_path / split / "images" / f"img{index:04d}.nii.gz", spacing=index)
+        written(tmp_path / split / "labels" / f"label{index:04d}.nii.gz", spacing=index)
+    (tmp_path / "notes.txt").touch()
+    return tmp_path
+
+
+def test_a_data_set_is_told_in_one_line(btcv: Path) -> None:
+    line = described(find_data(btcv))
+    assert "\n" not in line
+    for part in (
+        "BTCV",
+        "3 cases (2 train, 1 test)",
+        "labels of 14 classes",
+        "1-3 x 1 x 1 mm",
+        "1 file ignored",
+        "notes.txt",
+    ):
+        assert part in line
+
+
+@pytest.mark.parametrize(
+    ("split", "usual", "names"),
+    [
+        (None, (), ["img0001", "img0002", "img0003"]),
+        (None, ("train",), ["img0001", "img0002"]),
+        (None, ("val", "test"), ["img0003"]),
+        ("train", ("test",), ["img0001", "img0002"]),
+        ("all", ("test",), ["img0001", "img0002", "img0003"]),
+    ],
+)
+def test_the_split_asked_for_goes_before_the_usual_one(
+    btcv: Path, split: str | None, usual: tuple[str, ...], names: list[str]
+) -> None:
+    assert [case.name for case in find_data(btcv, split=split, usual=usual).cases] == names
+
+
+def test_a_split_that_is_not_there_is_refused_with_those_that_are(btcv: Path) -> None:
+    with pytest.raises(OptionError, match="no split 'val': train, test"):
+        find_data(btcv, split="val")
+    with pytest.raises(OptionError, match="it names none"):
+        find_data(btcv / "train" / "images", split="val")
+
+
+def test_what_is_used_is_said(btcv: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "ptq3d")
+    find_data(btcv, usual=("train",))
+    assert "using its 2 cases of split 'train'" in caplog.text
+
+
+def test_labels_can_be_asked_for_and_left_out(btcv: Path) -> None:
+    found = find_data(btcv)
+    assert with_labels(found, None) is found
+    bare = without_labels(found)
+    assert all(case.labels is None for case in bare.cases)
+    with pytest.raises(LabelError, match="no label map beside it; name their file or folder with --labels"):
+        with_labels(bare, None)
+
+
+def test_labels_of_the_networks_classes_are_used(btcv: Path) -> None:
+    cases, label_map = judged_by(find_data(btcv), Manifest(BTCV_ORGANS, WINDOW), labels=None, label_map=None)
+    assert all(case.labels is not None for case in cases)
+    assert label_map.names == BTCV_ORGANS
+
+
+def test_labels_of_other_classes_are_left_out_and_it_is_said(btcv: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "ptq3d")
+    cases, _ = judged_by(find_data(btcv), Manifest(("background", "tumour"), WINDOW), labels=None, label_map=None)
+    assert all(case.labels is None for case in cases)
+    assert "of 14 other classes than the network's 2" in caplog.text
+
+
+def test_labels_that_the_user_names_are_used_as_they_are(btcv: Path) -> None:
+    labels = btcv / "test" / "labels"
+    found = find_data(btcv / "test" / "images", labels)
+    cases, label_map = judged_by(found, Manifest(("background", "tumour"), WINDOW), labels=labels, label_map=None)
+    assert cases[0].labels == labels / "label0003.nii.gz"
+    assert label_map == LabelMap.identity(("background", "tumour"))
+
+
+def test_a_label_map_of_another_number_of_classes_is_refused(btcv: Path, tmp_path: Path) -> None:
+    (tmp_path / "map.json").write_text('{"labels": {"0": "background", "1": "liver"}}')
+    with pytest.raises(LabelError, match="names 2 classes, the network gives 14"):
+        judged_by(find_data(btcv), Manifest(BTCV_ORGANS, WINDOW), labels=None, label_map=tmp_path / "map.json")
+
+
+NAMES = ("background", "Left Lung", "right-lung", "heart")
+
+
+@given(st.permutations(range(4)), st.sampled_from([None, 0]))
+def test_classes_are_matched_by_name_in_any_order(order: list[int], others: int | None) -> None:
+    own = LabelMap(NAMES, {10 * index: index for index in range(4)}, others)
+    wanted = tuple(NAMES[index].upper().replace(" ", "_") for index in order)
+    found = fitting(own, wanted)
+    assert found is not None
+    assert found.names == wanted
+    for value, index in own.values.items():
+        assert wanted[found.values[value]] == NAMES[index].upper().replace(" ", "_")
+    assert found.others == (None if others is None else order.index(others))
+
+
+@pytest.mark.parametrize("names", [("background", "class 1", "class 2", "class 3"), ("0", "1", "2", "3")])
+def test_classes_without_names_are_taken_in_their_order(names: tuple[str, ...]) -> None:
+    own = LabelMap(NAMES, {10 * index: index for index in range(4)}, 0)
+    found = fitting(own, names)
+    assert found is not None
+    assert dict(found.values) == dict(own.values)
+
+
+@pytest.mark.parametrize(
+    "names", [NAMES[:3], (*NAMES[:3], "liver"), ("background", "heart", "heart", "heart"), (*NAMES, "liver")]
+)
+def test_other_classes_do_not_fit(names: tuple[str, ...]) -> None:
+    assert fitting(LabelMap.identity(NAMES), names) is None

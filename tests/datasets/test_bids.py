@@ -147,3 +147,11 @@ def test_two_files_of_one_set_are_refused(tmp_path: Path) -> None:
 )
 def test_other_names_are_a_plain_folder(tmp_path: Path, name: str) -> None:
     assert open_dataset(touch(tmp_path, name, "sub-02_T1w.nii.gz")).layout == "folder"
+
+
+def test_the_image_with_most_of_its_entities_owns_a_label(tmp_path: Path) -> None:
+    names = ("sub-1_T1w.nii.gz", "sub-1_run-2_T1w.nii.gz", "sub-1_run-2_dseg.nii.gz")
+    assert told(open_dataset(touch(tmp_path, *names))) == [
+        ("sub-1_T1w", "", names[0], ""),
+        ("sub-1_run-2_T1w", "", names[1], names[2]),
+    ]

@@ -40,10 +40,10 @@ LISTS = ("dataset.json", "dataset_0.json")
 
 
 def find(root: Path) -> Dataset | None:
-    """BTCV in `Abdomen/RawData/{Training,Testing}/{img,label}`, `imagesTr`/`labelsTr`/`imagesTs`, or
-    `{train,val,test}/{images,labels}`.
+    """BTCV as downloaded, or arranged anew, told by the names of its files: img0001.nii.gz and label0001.nii.gz.
 
-    It is told by the names of its files, img0001.nii.gz and label0001.nii.gz.
+    They lie in `Abdomen/RawData/{Training,Testing}/{img,label}`, in `imagesTr`, `labelsTr` and `imagesTs`, or in
+    `{train,val,test}/{images,labels}`.
 
     Args:
         root: the folder of the data set, or one of those around RawData.

@@ -12,6 +12,7 @@ wholeBrainSeg_Large_UNEST_segmentation.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -137,11 +138,13 @@ BRAINCOLOR = LabelMap(
 
 _FEWEST = 120  # of the 132 structures, that a brain is known by: none misses more, and nothing else has as many
 
+_TRIES = 3  # label files that are opened to find one that can be read
+
 
 def find(root: Path) -> Dataset | None:
     """Brains in `{train,val,test}/{images,labels}`, `images` and `labels`, or with the labels beside the images.
 
-    Names do not tell them, so the first label file that can be read is: see `label_map_of`.
+    Names do not tell them, so the first label file that can be read is looked at: see `label_map_of`.
 
     Args:
         root: a folder.
@@ -153,13 +156,20 @@ def find(root: Path) -> Dataset | None:
         FileError, LabelError: see `folders.find_cases`.
     """
     found = _labelled(root)
-    for label in (file for case in found.cases for file in case.label_files) if found else ():
+    values = _values([file for case in found.cases for file in case.label_files]) if found else None
+    label_map = None if values is None else label_map_of(values)
+    return replace(found, layout=LAYOUT, label_map=label_map) if found and label_map else None
+
+
+def _values(labels: Sequence[Path]) -> np.ndarray | None:
+    """The distinct values of the first label file that can be read; None where its largest is no brain's."""
+    for label in labels[:_TRIES]:
         try:
-            values = np.unique(load_labels(label).data)
+            found = load_labels(label).data
         except InputError:  # said by whoever reads its case
             continue
-        label_map = label_map_of(values)
-        return replace(found, layout=LAYOUT, label_map=label_map) if found and label_map else None
+        # most label maps end here: to find the distinct values of a large one takes seconds
+        return np.unique(found) if len(BRAINCOLOR_IDS) <= found.max() <= LARGEST_ID else None
     return None
 
 

@@ -168,15 +168,17 @@ def test_less_is_better_is_more_is_better_of_the_negative(cases: list[tuple[floa
     assert distances.worst == -scores.worst
 
 
-def test_the_interval_is_never_narrower_than_students_or_the_bootstraps() -> None:
-    generator = np.random.default_rng(5)
-    a = generator.uniform(0.6, 0.9, 9)
-    b = a + generator.exponential(0.004, 9)
-    found = non_inferiority(a, b, margin=0.01)
-    student = scipy.stats.ttest_rel(b, a).confidence_interval()
-    drawn = paired_bootstrap(np.zeros(9), np.sort(b - a))
-    assert found.low == pytest.approx(min(student.low, drawn.low))
-    assert found.high == pytest.approx(max(student.high, drawn.high))
+@pytest.mark.parametrize(("n", "sign"), [(5, 1), (5, -1), (100, 1), (100, -1)])
+def test_the_interval_is_students_and_the_bootstraps_together(n: int, sign: int) -> None:
+    """Of few cases Student's is the wider one; of many skewed ones the bootstrap reaches farther on the long side."""
+    changes = sign * np.random.default_rng(5).exponential(0.004, n) ** 2
+    found = non_inferiority(np.full(n, 0.7), 0.7 + changes, margin=0.01)
+    student = scipy.stats.ttest_1samp(changes, 0).confidence_interval()
+    drawn = paired_bootstrap(np.zeros(n), np.sort(changes))
+    assert found.low == pytest.approx(min(student.low, drawn.low), abs=1e-9)
+    assert found.high == pytest.approx(max(student.high, drawn.high), abs=1e-9)
+    farther = drawn.high > student.high if sign > 0 else drawn.low < student.low
+    assert farther == (n == 100)
 
 
 def test_one_case_shows_nothing() -> None:

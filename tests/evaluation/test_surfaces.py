@@ -172,6 +172,16 @@ def test_order_of_axes_maps_and_dtype_do_not_matter(first: int, second: int, spa
     )
 
 
+def test_surfaces_do_not_depend_on_the_pieces_in_which_they_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    maps = blobs(0), blobs(1)
+    whole = list(surface_distances(*maps, 4, spacing=(1, 2, 3)))
+    for chunk in (1, 500, 900):
+        monkeypatch.setattr("ptq3d.evaluation.surfaces.CHUNK", chunk)
+        for one, other in zip(whole, surface_distances(*maps, 4, spacing=(1, 2, 3)), strict=True):
+            for name in ("predicted_mm", "predicted_mm2", "true_mm", "true_mm2"):
+                np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+
+
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32, np.uint64, np.int16])
 def test_every_integer_does(dtype: type) -> None:
     maps = blobs(0), blobs(1)

@@ -28,6 +28,7 @@ from ptq3d.volumes.volume import Affine
 
 Lengths = tuple[float, float, float]
 HD_SHARE = 0.95  # of the surface that lies within the distance
+CHUNK = 1 << 22  # voxels whose surface is looked for at a time: MONAI takes about 100 bytes for each
 LARGEST_COSINE = 0.01  # between axes: distances are then wrong by 1 % at most
 
 
@@ -208,19 +209,33 @@ def _joint(first: tuple[slice, ...] | None, second: tuple[slice, ...] | None) ->
 
 
 def _distances(predicted: NDArray[np.bool_], true: NDArray[np.bool_], spacing: Lengths) -> SurfaceDistances:
+    (points, areas), (others, other_areas) = _surfaces(predicted, true, spacing)
+    return SurfaceDistances(_nearest(points, others, spacing), areas, _nearest(others, points, spacing), other_areas)
+
+
+def _surfaces(
+    predicted: NDArray[np.bool_], true: NDArray[np.bool_], spacing: Lengths
+) -> list[tuple[NDArray[np.bool_], NDArray[np.float64]]]:
+    """Of both masks: the corners of voxels (X + 1, Y + 1, Z + 1) that the surface passes, and their areas in mm2 in that order."""
     import torch
 
-    monai = _monai()
     # the rim closes surfaces at the border of the box
-    masks = [torch.from_numpy(np.pad(mask, 1)) for mask in (predicted, true)]
-    points, others, *areas = (part.numpy() for part in monai.get_mask_edges(*masks, crop=False, spacing=spacing))
-    pairs = ((points, others, areas[0]), (others, points, areas[1]))
-    sides = []
-    for own, other, area in pairs:
-        both = own.any() and other.any()
-        distances = monai.get_surface_distance(own, other, spacing=spacing) if both else np.full(own.sum(), np.inf)
-        sides += [np.asarray(distances, np.float32), area[own].astype(np.float64)]
-    return SurfaceDistances(*sides)
+    masks = [np.pad(mask, 1) for mask in (predicted, true)]
+    planes = max(CHUNK // masks[0][0].size, 1)
+    parts = []
+    for start in range(0, len(masks[0]) - 1, planes):
+        slabs = [torch.from_numpy(mask[start : start + planes + 1]) for mask in masks]
+        edges = [edge.numpy() for edge in _monai().get_mask_edges(*slabs, crop=False, spacing=spacing)]
+        parts.append([(own, area[own].astype(np.float64)) for own, area in zip(edges[:2], edges[2:], strict=True)])
+    sides = ([part[side] for part in parts] for side in (0, 1))
+    return [(np.concatenate([own for own, _ in side]), np.concatenate([area for _, area in side])) for side in sides]
+
+
+def _nearest(points: NDArray[np.bool_], others: NDArray[np.bool_], spacing: Lengths) -> NDArray[np.float32]:
+    """(P,) mm from each point to the nearest of the others; infinite where there are none."""
+    if not points.any() or not others.any():
+        return np.full(np.count_nonzero(points), np.inf, np.float32)
+    return np.asarray(_monai().get_surface_distance(points, others, spacing=spacing), np.float32)
 
 
 _NOWHERE = SurfaceDistances(np.zeros(0, np.float32), np.zeros(0), np.zeros(0, np.float32), np.zeros(0))

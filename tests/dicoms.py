@@ -135,7 +135,7 @@ def put_pixels(header: Dataset, values: np.ndarray, syntax: UID = ExplicitVRLitt
     header.SamplesPerPixel, header.PhotometricInterpretation = 1, "MONOCHROME2"
     order = ">" if syntax == ExplicitVRBigEndian else "<"
     header.PixelData = values.astype(values.dtype.newbyteorder(order)).tobytes()
-    header["PixelData"].VR = "OW"
+    header["PixelData"].VR = "OB" if values.dtype.itemsize == 1 else "OW"
 
 
 def save(header: Dataset, path: Path, syntax: UID = ExplicitVRLittleEndian) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq3d.errors import FileError, InputError
-from ptq3d.volumes.dicom_files import DIRECTORY, UNREADABLE, Files, quiet, read_header, require_pydicom, unreadable
+from ptq3d.volumes.dicom_files import DIRECTORY, Files, read_header, reading, require_pydicom
 from ptq3d.volumes.dicom_geometry import KEYWORDS, Slice, Stack, slices_of, stacked
 from ptq3d.volumes.dicom_pixels import require_decoders, require_room, voxels
 from ptq3d.volumes.source import Series
@@ -157,13 +157,11 @@ def _find(place: Path) -> list[_Found]:
         passed: set[str] = set()
         for name in names:
             header = read_header(files, name, KEYWORDS)
-            try:
+            with reading(files.called(name)):
                 reason = "no DICOM" if header is None else _passed_over(header, files.called(name))
                 if header is not None and reason is None:
                     key = (str(header.get("PatientID") or ""), str(header.get("SeriesInstanceUID") or ""))
                     groups.setdefault(key, []).append(_File(name, header))
-            except UNREADABLE as error:
-                raise unreadable(files.called(name), error) from error
             if reason is not None:
                 passed.add(reason)
     if not groups:
@@ -206,17 +204,19 @@ def _found(place: Path, key: tuple[str, str], group: list[_File]) -> _Found:
 def _plain(header: Header, keyword: str) -> str:
     """One line of text, whatever the header holds."""
     try:
-        return " ".join(str(header.get(keyword) or "").split())
-    except UNREADABLE:
+        with reading(keyword):
+            return " ".join(str(header.get(keyword) or "").split())
+    except FileError:
         return ""
 
 
 def _rank(file: _File) -> tuple[float, float, str]:
     """The order of slices as far as headers tell, without a judgement on them."""
     try:
-        places = slices_of(file.header, "", file.name)
-        across = float(places[0].position @ places[0].normal)
-    except (InputError, *UNREADABLE):
+        with reading(file.name):
+            first = slices_of(file.header, file.name, file.name)[0]
+            across = float(first.position @ first.normal)
+    except InputError:
         across = math.inf
     number = _plain(file.header, "InstanceNumber")
     return across, float(number) if number.lstrip("+-").isdecimal() else math.inf, file.name
@@ -245,9 +245,7 @@ def _stack(files: Files, series: Series, keywords: tuple[str, ...] | None) -> St
         header = read_header(files, name, keywords)
         if header is None:
             raise FileError(f"{where} is no DICOM file any more; find the series again.")
-        try:
-            with quiet():
-                slices += slices_of(header, where, name)
-        except UNREADABLE as error:
-            raise unreadable(where, error) from error
-    return stacked(slices, str(series))
+        with reading(where):
+            slices += slices_of(header, where, name)
+    with reading(str(series)):
+        return stacked(slices, str(series))

@@ -46,7 +46,7 @@ UNREADABLE = (
     zlib.error,
     zipfile.BadZipFile,
 )
-"""What pydicom and its decoders raise on broken files (it has no error of its own for most)."""
+"""What files, archives and pydicom raise where bytes are broken, beside two errors of pydicom's own."""
 
 
 class Files:
@@ -92,7 +92,7 @@ class Files:
         return _files_below(self.place) if self.place.is_dir() else [""]
 
     def open(self, name: str) -> IO[bytes]:
-        """A file from its start; raises what `UNREADABLE` holds."""
+        """A file from its start; use it within `reading`."""
         return (self.place / name).open("rb") if self._archive is None else self._archive.open(name)
 
     def open_whole(self, name: str) -> IO[bytes]:
@@ -100,7 +100,7 @@ class Files:
         return self.open(name) if self._archive is None else BytesIO(self._archive.read(name))
 
     def size(self, name: str) -> int:
-        """Bytes of a file; raises what `UNREADABLE` holds."""
+        """Bytes of a file; use it within `reading`."""
         return (self.place / name).stat().st_size if self._archive is None else self._archive.getinfo(name).file_size
 
     def called(self, name: str) -> str:
@@ -142,6 +142,24 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
+@contextmanager
+def reading(where: str) -> Iterator[None]:
+    """Turn what pydicom and its decoders raise on a broken file into one sentence that names it; quietly.
+
+    Raises:
+        FileError: the file is missing, truncated or broken.
+    """
+    from pydicom.errors import BytesLengthException, InvalidDicomError
+
+    try:
+        with quiet():
+            yield
+    except (*UNREADABLE, BytesLengthException, InvalidDicomError) as error:
+        raise FileError(
+            f"{where} cannot be read, is broken or truncated ({type(error).__name__}: {line_of(error)}); copy it again."
+        ) from error
+
+
 def require_pydicom() -> None:
     """Refuse to go on without pydicom.
 
@@ -167,22 +185,12 @@ def read_header(files: Files, name: str, keywords: tuple[str, ...] | None = None
     """
     import pydicom
 
-    try:
-        with files.open(name) as file, quiet():
-            if not starts_like_dicom(file.read(132)):
-                return None
-            file.seek(0)
-            wanted = None if keywords is None else list(keywords)
-            return pydicom.dcmread(file, force=True, stop_before_pixels=True, specific_tags=wanted)
-    except UNREADABLE as error:
-        raise unreadable(files.called(name), error) from error
-
-
-def unreadable(where: str, error: Exception) -> FileError:
-    """The error of a file that pydicom cannot read."""
-    return FileError(
-        f"{where} cannot be read, is broken or truncated ({type(error).__name__}: {line_of(error)}); copy it again."
-    )
+    with reading(files.called(name)), files.open(name) as file:
+        if not starts_like_dicom(file.read(132)):
+            return None
+        file.seek(0)
+        wanted = None if keywords is None else list(keywords)
+        return pydicom.dcmread(file, force=True, stop_before_pixels=True, specific_tags=wanted)
 
 
 def _files_below(folder: Path) -> list[str]:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq3d.errors import FileError
-from ptq3d.volumes.dicom_files import UNREADABLE, Files, quiet, unreadable
+from ptq3d.volumes.dicom_files import Files, quiet, reading
 from ptq3d.volumes.dicom_geometry import Slice, Stack
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ Frames: TypeAlias = Iterator[NDArray[Any]]
 LARGEST_COMPRESSION = 4096  # of a series' frames to its files: air alone compresses to about a thousandth
 
 
+@quiet()
 def require_decoders(stack: Stack) -> None:
     """Refuse files in a transfer syntax that nothing installed decodes.
 
@@ -32,8 +33,7 @@ def require_decoders(stack: Stack) -> None:
 
     for syntax, part in {transfer_syntax(part.header): part for part in stack.slices}.items():
         try:
-            with quiet():
-                decoder = get_decoder(syntax)
+            decoder = get_decoder(syntax)
             if decoder.is_available:
                 continue
             needs = f" (it needs {', or '.join(decoder.missing_dependencies)})"
@@ -66,10 +66,11 @@ def require_room(files: Files, stack: Stack) -> None:
     for member, parts in _by_member(stack).items():
         header, where = parts[0][1].header, parts[0][1].where
         columns, rows = parts[0][1].size
-        bits = header.get("BitsAllocated")
+        with reading(where):
+            bits, size = header.get("BitsAllocated"), files.size(member)
         if not isinstance(bits, int) or bits < 1:
             raise FileError(f"{where} has BitsAllocated {bits}, wanted 8, 16 or 32; it is broken, copy it again.")
-        size, wanted = files.size(member), columns * rows * len(parts) * bits // 8
+        wanted = columns * rows * len(parts) * bits // 8
         promised, stored = promised + wanted, stored + size
         syntax = transfer_syntax(header)
         if size < wanted and not (syntax.is_encapsulated or syntax.is_deflated):
@@ -109,13 +110,10 @@ def voxels(files: Files, stack: Stack) -> NDArray[np.float32]:
     result = np.empty((z, y, x), np.float32)
     for member, parts in _by_member(stack).items():
         where = parts[0][1].where
-        try:
-            with quiet(), files.open_whole(member) as file:
-                frames = _frames(file, parts[0][1].header)
-                for (index, part), frame in zip(parts, frames, strict=True):
-                    result[index] = frame * part.slope + part.intercept
-        except UNREADABLE as error:
-            raise unreadable(where, error) from error
+        with reading(where), files.open_whole(member) as file:
+            frames = _frames(file, parts[0][1].header)
+            for (index, part), frame in zip(parts, frames, strict=True):
+                result[index] = frame * part.slope + part.intercept
     return result
 
 

@@ -40,6 +40,15 @@ ORIENTATIONS = {
 """(4, 4) voxel (column, row, slice) -> RAS+ mm; the oblique one is made square below."""
 
 
+PACKED = {
+    "RLE": gdcm.TransferSyntax.RLELossless,
+    "JPEG lossless": gdcm.TransferSyntax.JPEGLosslessProcess14,
+    "JPEG lossless SV1": gdcm.TransferSyntax.JPEGLosslessProcess14_1,
+    "JPEG-LS": gdcm.TransferSyntax.JPEGLSLossless,
+    "JPEG 2000": gdcm.TransferSyntax.JPEG2000Lossless,
+}
+
+
 def _square(affine: np.ndarray) -> np.ndarray:
     """The nearest grid with axes at right angles."""
     lengths = np.linalg.norm(affine[:3, :3], axis=0)

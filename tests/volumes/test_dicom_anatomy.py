@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydicom.sr.codedict import codes
 
-from ptq3d.datasets.phantoms import CLASS_NAMES
+from ptq3d.datasets.phantoms import BTCV_ORGANS
 from ptq3d.volumes.anatomy import CATEGORIES, COLOURS, PRIVATE_SCHEME, STRUCTURES, coded, plain_text
 
 WORDS = {
@@ -74,7 +74,7 @@ def test_a_side_is_a_modifier(name: str) -> None:
 
 
 def test_btcv_is_known_but_for_the_two_veins_in_one() -> None:
-    private = [name for name in CLASS_NAMES[1:] if coded(name).type.scheme_designator != "SCT"]
+    private = [name for name in BTCV_ORGANS[1:] if coded(name).type.scheme_designator != "SCT"]
     assert private == ["portal and splenic veins"]
 
 

@@ -9,7 +9,6 @@ import shutil
 import zipfile
 from pathlib import Path
 
-import gdcm
 import highdicom
 import nibabel
 import numpy as np
@@ -27,19 +26,22 @@ from pydicom.uid import (
     generate_uid,
 )
 
-from dicoms import ORIENTATIONS, as_read, edit, read_by_itk, recompress, stored_values, write_by_itk, write_series
+from dicoms import (
+    ORIENTATIONS,
+    PACKED,
+    as_read,
+    edit,
+    read_by_itk,
+    recompress,
+    stored_values,
+    write_by_itk,
+    write_series,
+)
 from ptq3d.volumes.dicom import find_series, only_series, read_series, series_grid
 from ptq3d.volumes.source import Series
 from ptq3d.volumes.volume import grid_distance
 
 NATIVE = [ExplicitVRLittleEndian, ImplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian]
-PACKED = {
-    "RLE": gdcm.TransferSyntax.RLELossless,
-    "JPEG lossless": gdcm.TransferSyntax.JPEGLosslessProcess14,
-    "JPEG lossless SV1": gdcm.TransferSyntax.JPEGLosslessProcess14_1,
-    "JPEG-LS": gdcm.TransferSyntax.JPEGLSLossless,
-    "JPEG 2000": gdcm.TransferSyntax.JPEG2000Lossless,
-}
 
 
 def agree(place: Path, data: np.ndarray, affine: np.ndarray) -> None:

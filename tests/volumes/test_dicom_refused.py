@@ -17,12 +17,11 @@ import pytest
 from pydicom.dataset import Dataset
 from pydicom.uid import generate_uid
 
-from dicoms import ORIENTATIONS, edit, recompress, stored_values, write_series
+from dicoms import ORIENTATIONS, PACKED, edit, recompress, stored_values, write_series
 from ptq3d.errors import FileError, GeometryError, InputError, UnavailableError
 from ptq3d.volumes.dicom import find_series, only_series, read_series, series_grid
 
 AXIAL = ORIENTATIONS["axial"]
-JPEG_LS = 10  # gdcm.TransferSyntax.JPEGLSLossless
 
 
 def series(folder: Path, change: Callable[[Dataset, int], object] | None = None, depth: int = 6) -> Path:
@@ -134,13 +133,13 @@ def huge(folder: Path) -> None:
 
 def huge_compressed(folder: Path) -> None:
     write_series(folder, stored_values((72, 65, 3)), AXIAL)
-    recompress(folder, JPEG_LS)
+    recompress(folder, PACKED["JPEG-LS"])
     edit(folder, lambda header, index: [setattr(header, key, 65535) for key in ("Rows", "Columns")])
 
 
 def broken_stream(folder: Path) -> None:
     write_series(folder, stored_values((72, 65, 3)), AXIAL)
-    recompress(folder, JPEG_LS)
+    recompress(folder, PACKED["JPEG-LS"])
     path = folder / "IM0001"
     content = path.read_bytes()
     start = content.index(b"\xff\xd8\xff")

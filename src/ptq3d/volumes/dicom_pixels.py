@@ -1,0 +1,128 @@
+"""The pixels of a stack of DICOM slices, decoded one frame at a time into one array."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import IO, TYPE_CHECKING, Any, TypeAlias, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ptq3d.errors import FileError
+from ptq3d.volumes.dicom_files import Files, quiet, reading
+from ptq3d.volumes.dicom_geometry import Slice, Stack
+
+if TYPE_CHECKING:
+    from pydicom.uid import UID
+
+    from ptq3d.volumes.dicom_files import Header
+
+Frames: TypeAlias = Iterator[NDArray[Any]]
+
+LARGEST_COMPRESSION = 4096  # of a series' frames to its files: air alone compresses to about a thousandth
+
+
+@quiet()
+def require_decoders(stack: Stack) -> None:
+    """Refuse files in a transfer syntax that nothing installed decodes.
+
+    Raises:
+        FileError: names the file, the syntax and what is missing.
+    """
+    from pydicom.pixels import get_decoder
+
+    for syntax, part in {transfer_syntax(part.header): part for part in stack.slices}.items():
+        try:
+            decoder = get_decoder(syntax)
+            if decoder.is_available:
+                continue
+            needs = f" (it needs {', or '.join(decoder.missing_dependencies)})"
+        except NotImplementedError:
+            needs = ""
+        raise FileError(
+            f"{part.where} stores its pixels as '{syntax.name}', which nothing here decodes{needs}; "
+            "pip install 'ptq3d[dicom]', or export the series uncompressed."
+        )
+
+
+def transfer_syntax(header: Header) -> UID:
+    """How a file is stored: as it says, or as its bytes were found to be where it has no file meta information."""
+    from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+
+    told = header.file_meta.get("TransferSyntaxUID")
+    if told:
+        return UID(told)
+    implicit, little = header.original_encoding
+    return ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian if little else ExplicitVRBigEndian
+
+
+def require_room(files: Files, stack: Stack) -> None:
+    """Refuse files that cannot hold the pixels they promise, before memory is taken for them.
+
+    Raises:
+        FileError: uncompressed pixels that take more bytes than the file has, or compression beyond reason.
+    """
+    promised = stored = 0
+    for member, parts in _by_member(stack).items():
+        header, where = parts[0][1].header, parts[0][1].where
+        columns, rows = parts[0][1].size
+        with reading(where):
+            bits, size = header.get("BitsAllocated"), files.size(member)
+        if not isinstance(bits, int) or bits < 1:
+            raise FileError(f"{where} has BitsAllocated {bits}, wanted 8, 16 or 32; it is broken, copy it again.")
+        wanted = columns * rows * len(parts) * bits // 8
+        promised, stored = promised + wanted, stored + size
+        syntax = transfer_syntax(header)
+        if size < wanted and not (syntax.is_encapsulated or syntax.is_deflated):
+            raise FileError(
+                f"{where} is truncated or broken: it promises {rows} rows of {columns} pixels in {len(parts)} frames, "
+                f"{wanted} bytes, but has {size}; copy it again."
+            )
+    if promised > LARGEST_COMPRESSION * stored:
+        raise FileError(
+            f"{stack.slices[0].where} and its series promise {promised} bytes of pixels in files of {stored}: broken, "
+            "or made to exhaust the memory; copy them again."
+        )
+
+
+def _by_member(stack: Stack) -> dict[str, list[tuple[int, Slice]]]:
+    """The slices of each file in the order of its frames, each with its place in the volume."""
+    members: dict[str, list[tuple[int, Slice]]] = {}
+    for index, part in enumerate(stack.slices):
+        members.setdefault(part.member, []).append((index, part))
+    return {member: sorted(parts, key=lambda pair: pair[1].frame) for member, parts in members.items()}
+
+
+def voxels(files: Files, stack: Stack) -> NDArray[np.float32]:
+    """The values of all slices, stored * slope + intercept in float64, rounded once.
+
+    Args:
+        files: where they lie.
+        stack: the slices in order.
+
+    Returns:
+        (Z, Y, X) float32.
+
+    Raises:
+        FileError: pixels that are missing, truncated or cannot be decoded.
+    """
+    (x, y, z), _ = stack.grid
+    result = np.empty((z, y, x), np.float32)
+    for member, parts in _by_member(stack).items():
+        where = parts[0][1].where
+        with reading(where), files.open_whole(member) as file:
+            frames = _frames(file, parts[0][1].header)
+            for (index, part), frame in zip(parts, frames, strict=True):
+                result[index] = frame * part.slope + part.intercept
+    return result
+
+
+def _frames(file: IO[bytes], header: Header) -> Frames:
+    """The stored values of a file, (rows, columns) a frame, one frame in memory at a time."""
+    import pydicom
+    from pydicom.pixels import iter_pixels
+
+    syntax = transfer_syntax(header)
+    if syntax.is_deflated:  # its frames have no place in the file
+        return cast(Frames, iter_pixels(pydicom.dcmread(file, force=True), raw=True))
+    return cast(Frames, iter_pixels(file, raw=True, transfer_syntax_uid=syntax))

@@ -69,10 +69,21 @@ def test_each_subfolder_and_zip_is_a_case(tmp_path: Path) -> None:
     found = open_dataset(tmp_path)
     assert [case.name for case in found.cases] == ["a", "b", "c"]
     assert left_out(found) == {
-        "empty": "no DICOM file directly in it",
-        "deep": "no DICOM file directly in it",
+        "empty": "no DICOM file in it",
+        "deep": "no DICOM file in it",
         "readme.txt": "no volume by its ending",
     }
+
+
+def test_patients_hold_their_series_at_any_depth(tmp_path: Path) -> None:
+    for name in ("p1/study/series", "p2/2020/study/series"):
+        slices(tmp_path / name)
+    (tmp_path / "p1" / "again").symlink_to(tmp_path / "p1")
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "again").symlink_to(tmp_path / "none")
+    found = open_dataset(tmp_path)
+    assert [case.name for case in found.cases] == ["p1", "p2"]
+    assert left_out(found) == {"none": "no DICOM file in it"}
 
 
 def test_a_folder_with_an_index_is_one_place(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ import nibabel
 import numpy as np
 import pydicom
 import pytest
-from grids import affines
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydicom.dataset import Dataset
@@ -37,6 +36,7 @@ from dicoms import (
     write_by_itk,
     write_series,
 )
+from grids import affines
 from ptq3d.volumes.dicom import find_series, only_series, read_series, series_grid
 from ptq3d.volumes.source import Series
 from ptq3d.volumes.volume import grid_distance

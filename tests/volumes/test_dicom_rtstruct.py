@@ -9,7 +9,6 @@ import matplotlib.path
 import numpy as np
 import pydicom
 import pytest
-from grids import affines, noise
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -18,6 +17,7 @@ from scipy.ndimage import gaussian_filter
 from skimage.draw import polygon2mask
 
 from dicoms import ORIENTATIONS, TO_LPS, stored_values, write_by_itk, write_series
+from grids import affines, noise
 from ptq3d.errors import FileError, GeometryError, LabelError
 from ptq3d.volumes.dicom import find_series, only_series, series_grid
 from ptq3d.volumes.rtstruct import contours_of, write_rtstruct

@@ -13,13 +13,13 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
-from grids import affines
 from hypothesis import HealthCheck, given, settings
 from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
 from pydicom.uid import generate_uid
 
 from dicoms import ORIENTATIONS, PACKED, TO_LPS, edit, of_itk, recompress, stored_values, write_by_itk, write_series
+from grids import affines
 from ptq3d.errors import FileError, GeometryError, LabelError, ShapeError
 from ptq3d.volumes.dicom import find_series, only_series, read_series, series_grid
 from ptq3d.volumes.dicom_seg import write_seg

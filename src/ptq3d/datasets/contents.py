@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ptq3d.datasets.dataset import Ignored
 from ptq3d.errors import FileError
+from ptq3d.volumes.dicom_files import starts_like_dicom
 from ptq3d.volumes.files import volume_suffix
 
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
@@ -106,7 +107,7 @@ def looks_like_dicom(path: Path) -> bool:
         return False
     try:
         with path.open("rb") as file:
-            return file.read(132)[128:] == b"DICM"
+            return starts_like_dicom(file.read(132))
     except OSError:
         return False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from ptq3d.datasets.cases import Case
@@ -11,14 +12,15 @@ from ptq3d.volumes.source import Source
 
 LAYOUT = "DICOM"
 ALL = "all"
+DEEPEST = 8  # folders within one another: deeper is no export
 
 
 def find(root: Path, series: str | None = None) -> Dataset | None:
     """The series of a place, or of each subfolder and zip in it, as cases.
 
     Args:
-        root: a folder with DICOM files (or a DICOMDIR) directly in it, a .zip or .dcm file; or a folder of such
-            folders and zips.
+        root: a folder with DICOM files (or a DICOMDIR) directly in it, a .zip or .dcm file; or a folder of zips and of
+            folders that hold DICOM at any depth, such as patient / study / series: each of them is a place.
         series: which one of several in one place, as `ptq3d.volumes.dicom.only_series` takes it; "all" for each of
             them, whose cases are then named with a number.
 
@@ -61,14 +63,20 @@ def _places(root: Path) -> tuple[list[Path], tuple[Ignored, ...]]:
     places = [folder for folder in found.folders if _holds_dicom(folder)]
     places += [path for path in found.others if path.suffix.lower() == ".zip"]
     left = tuple(
-        Ignored(item.path, "no DICOM file directly in it") if item.path in found.folders else item
+        Ignored(item.path, "no DICOM file in it") if item.path in found.folders else item
         for item in found.unused(places)
     )
     return sorted(places), left
 
 
-def _holds_dicom(folder: Path) -> bool:
-    return any(looks_like_dicom(path) for path in contents(folder).others)
+def _holds_dicom(folder: Path, above: frozenset[str] = frozenset()) -> bool:
+    """Whether there is a DICOM file in a folder or below it; exports have patient / study / series."""
+    place = os.path.realpath(folder)
+    if place in above or len(above) == DEEPEST:
+        return False
+    found = contents(folder)
+    within = above | {place}
+    return any(map(looks_like_dicom, found.others)) or any(_holds_dicom(inner, within) for inner in found.folders)
 
 
 def _is_dicom_file(path: Path) -> bool:

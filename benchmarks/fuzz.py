@@ -185,7 +185,6 @@ SEEDS: dict[str, tuple[Callable[[Path], None], str, str]] = {
 
 if find_spec("ptq3d.volumes.dicom") is not None:
     SEEDS["DICOM folder"] = (dicom, "", "volume")
-    SEEDS["DICOM file"] = (dicom, "0.dcm", "volume")
     SEEDS["DICOM zip"] = (zipped, "a.zip", "volume")
 
 

@@ -15,6 +15,12 @@ from ptq3d.errors import FileError, GeometryError
 from ptq3d.volumes.streams import Encoding
 
 LONGEST = 1 << 20  # bytes of a header
+NRRD_LINE = re.compile(
+    "(type|dimension|space( dimension| units| origin| directions)?|sizes|spacings|thicknesses|axis ?(mins|maxs)|centers|kinds|"
+    "labels|units|min|max|old ?(min|max)|endian|encoding|content|sample ?units|(line|byte) ?skip|data ?file|number|"
+    "measurement frame|block ?size): (.*)",
+    re.IGNORECASE,
+)
 SPACES = ("left-posterior-superior", "right-anterior-superior", "left-anterior-superior", "LPS", "RAS", "LAS")
 NRRD_FIELDS = ("type", "dimension", "space", "sizes", "space directions", "kinds", "endian", "space origin")
 METAIMAGE_FIELDS = (
@@ -78,8 +84,7 @@ def nrrd_header(path: Path) -> TextHeader:
     magic, *lines = _lines(content[: end.start() if end else len(content)])
     if not re.fullmatch("NRRD000[1-6]", magic):
         raise FileError(f"{path} is no readable NRRD file: it begins with {content[:8]!r}; copy it again.")
-    pairs = (re.match(r"([\w ]+): (.*)", line) for line in lines)
-    fields = _unique(path, ((pair[1].lower(), pair[2].strip()) for pair in pairs if pair))
+    fields = _unique(path, [_nrrd_field(path, line) for line in lines if line and not re.match("#|[^:]*:=", line)])
     if fields.get("dimension") != "3":
         _refuse_rank(path, fields.get("sizes", ""))
     _require_space(path, fields.get("space", ""), fields.get("space directions", ""))
@@ -158,6 +163,14 @@ def _content(path: Path) -> bytes:
 
 def _lines(content: bytes) -> list[str]:
     return [line.rstrip("\r") for line in content.decode("utf-8", "surrogateescape").split("\n")]
+
+
+def _nrrd_field(path: Path, line: str) -> tuple[str, str]:
+    """Name and value; a damaged name may have been that of the origin."""
+    if not NRRD_LINE.fullmatch(line):
+        raise FileError(f"{path}: its header has a line that is no field of NRRD, {_shown(line)}; copy it again.")
+    name, value = line.split(": ", 1)
+    return name.lower(), value.strip()
 
 
 def _unique(path: Path, pairs: Iterable[tuple[str, str]]) -> dict[str, str]:

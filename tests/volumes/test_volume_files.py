@@ -15,9 +15,10 @@ import SimpleITK as sitk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from grids import affines, noise
+from grids import affines, noise, shapes
 from ptq3d.errors import FileError, GeometryError, InputError, IntensityError, LabelError, Ptq3dError, ShapeError
-from ptq3d.volumes.files import is_volume, load_image, load_labels, save_labels
+from ptq3d.volumes.files import FORMATS, is_volume, load_grid, load_image, load_labels, save_labels
+from ptq3d.volumes.source import Series
 from ptq3d.volumes.volume import Volume
 
 RGB = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])
@@ -274,3 +275,68 @@ def test_a_file_in_the_way_of_the_folder_is_a_clear_error(tmp_path: Path) -> Non
     with pytest.raises(FileError, match="cannot be written"):
         save_labels(tmp_path / "out" / "a.nii.gz", Volume(np.ones((1, 2, 2, 2), np.uint8), AFFINE))
     assert (tmp_path / "out").read_text() == "not a folder"
+
+
+WRITABLE = [suffix for suffix, format_ in FORMATS.items() if format_.write]
+
+
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    affine=affines(sheared=True),
+    shape=shapes(),
+    suffix=st.sampled_from(WRITABLE),
+    high=st.sampled_from([1, 255, 256, 65535]),
+)
+def test_labels_come_back_from_every_format(
+    tmp_path: Path, affine: np.ndarray, shape: tuple[int, int, int], suffix: str, high: int
+) -> None:
+    data = np.random.default_rng(0).integers(0, high, (1, *shape), endpoint=True).astype(np.uint16)
+    data[0, 0, 0, 0] = high
+    path = tmp_path / f"a{suffix}"
+    save_labels(path, Volume(data, affine))
+    back = load_labels(path)
+    assert back.data.dtype == (np.uint8 if high < 256 else np.uint16)
+    np.testing.assert_array_equal(back.data, data)
+    np.testing.assert_allclose(
+        back.affine, affine, rtol=1e-5, atol=1e-4
+    )  # float32 in NIfTI; directions and centre in MGH
+    np.testing.assert_array_equal(load_grid(path)[1], back.affine)
+    assert [place.name for place in tmp_path.iterdir() if place.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("suffix", [suffix for suffix in FORMATS if suffix not in WRITABLE])
+def test_formats_of_two_files_are_only_read(tmp_path: Path, suffix: str) -> None:
+    with pytest.raises(
+        FileError, match=r"only read; save labels as one of \.nii\.gz, \.nii, \.nrrd, \.mha, \.mgz, \.mgh"
+    ):
+        save_labels(tmp_path / f"a{suffix}", Volume(np.ones((1, 2, 2, 2), np.uint8), AFFINE))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("suffix", WRITABLE)
+@pytest.mark.parametrize("stem", ["Ärzte 日本 плечо", "a.b.c", "x" * 240, "with space", "Q"])
+def test_any_name_that_a_file_may_have_works(tmp_path: Path, suffix: str, stem: str) -> None:
+    path = tmp_path / (stem + (suffix.upper() if stem == "Q" else suffix))
+    save_labels(path, Volume(np.ones((1, 2, 3, 4), np.uint8), AFFINE))
+    assert load_labels(path).data.all()
+    assert load_image(path).shape == load_grid(path)[0] == (2, 3, 4)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("suffix", WRITABLE)
+def test_a_name_too_long_is_a_clear_error(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / ("x" * 300 + suffix)
+    with pytest.raises(FileError, match=r"cannot be written.*too long"):
+        save_labels(path, Volume(np.ones((1, 2, 3, 4), np.uint8), AFFINE))
+    assert not list(tmp_path.iterdir())
+
+
+def test_labels_are_not_read_from_dicom(tmp_path: Path) -> None:
+    for source in (tmp_path, Series(tmp_path, "1.2", ("a.dcm",))):
+        with pytest.raises(FileError, match="labels are not read from DICOM"):
+            load_labels(source)
+
+
+def test_a_sheet_of_one_row_of_voxels_is_read_in_slabs(tmp_path: Path) -> None:
+    data = noise((1, 1, 3000))
+    np.testing.assert_array_equal(load_image(written(tmp_path / "a.nii", data)).data[0], data)

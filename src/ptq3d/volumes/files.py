@@ -94,11 +94,10 @@ def load_grid(source: Source) -> Grid:
     if isinstance(found, Series):
         from ptq3d.volumes.dicom import series_grid
 
-        shape, affine = series_grid(found)
+        (x, y, z), affine = series_grid(found)
     else:
         layout, affine = _header(Path(found))
-        shape = layout.shape
-    x, y, z = shape
+        x, y, z = layout.shape
     try:
         return (x, y, z), valid_affine(affine)
     except GeometryError as error:

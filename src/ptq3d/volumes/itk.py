@@ -7,6 +7,7 @@ changed, and zeros where MetaImage's data end too soon.
 from __future__ import annotations
 
 import math
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ def nrrd(path: Path) -> tuple[Layout, Affine]:
             takes other spaces, and none at all, for left-posterior-superior without a word.)
         UnavailableError: SimpleITK is not installed.
     """
-    return _located(path, nrrd_header(path), "NrrdImageIO")
+    return _located(path, nrrd_header(path), "header.nrrd")
 
 
 def metaimage(path: Path) -> tuple[Layout, Affine]:
@@ -45,12 +46,12 @@ def metaimage(path: Path) -> tuple[Layout, Affine]:
         GeometryError: a spacing of zero or below.
         UnavailableError: SimpleITK is not installed.
     """
-    return _located(path, metaimage_header(path), "MetaImageIO")
+    return _located(path, metaimage_header(path), "header.mha")
 
 
-def _located(path: Path, text: TextHeader, kind: str) -> tuple[Layout, Affine]:
+def _located(path: Path, text: TextHeader, name: str) -> tuple[Layout, Affine]:
     """What the text says of the bytes, with what ITK says of voxels and geometry."""
-    found = _information(path, kind)
+    found = _information(path, text, name)
     if tuple(found.GetSize()) != text.shape:
         raise FileError(f"{path} is no readable volume: its header gives {text.shape} and ITK {found.GetSize()}.")
     dtype = _dtype(path, found).newbyteorder("<" if text.little_endian else ">")
@@ -68,19 +69,18 @@ def _start_at_end(path: Path, layout: Layout) -> int:
     return max(size - math.prod(layout.shape) * layout.dtype.itemsize, layout.start)
 
 
-def _information(path: Path, kind: str) -> SimpleITK.ImageFileReader:
-    """ITK's reader, which has read the header."""
-    sitk = _simpleitk()
-    reader, warns = sitk.ImageFileReader(), sitk.ProcessObject.GetGlobalWarningDisplay()
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)  # what ITK warns of goes to stderr, past Python
-    try:
-        reader.SetImageIO(kind)
-        reader.SetFileName(str(path))
-        reader.ReadImageInformation()
-    except RuntimeError as error:
-        raise FileError(f"{path} is no readable volume ({line_of(error, -1)}); copy it again.") from error
-    finally:
-        sitk.ProcessObject.SetGlobalWarningDisplay(warns)
+def _information(path: Path, text: TextHeader, name: str) -> SimpleITK.ImageFileReader:
+    """ITK's reader, which has read the header written anew."""
+    reader = _simpleitk().ImageFileReader()
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Path(scratch, name)
+        place.write_text(text.text, encoding="ascii")
+        reader.SetFileName(str(place))
+        try:
+            reader.ReadImageInformation()
+        except RuntimeError as error:
+            reason = ascii(line_of(error, -1))[:200]
+            raise FileError(f"{path}: its header is damaged ({reason}); copy it again.") from error
     return reader
 
 

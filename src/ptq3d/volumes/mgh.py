@@ -12,18 +12,17 @@ from ptq3d.errors import FileError, GeometryError, line_of
 from ptq3d.volumes.streams import Layout, read_start
 from ptq3d.volumes.volume import Affine
 
+GOOD_RAS_FLAG = slice(28, 30)
 FOOTER_BYTES = 64 << 20  # transforms, colour tables and command lines may follow the voxels
 
 
 def mgh_header(path: Path) -> tuple[Layout, Affine]:
     """Where the voxels of an MGH file lie, and their affine.
 
-    Where its flag says that it knows no place (goodRASFlag 0), the grid is the one that FreeSurfer and nibabel then mean:
-    coronal slices of 1 mm around the origin.
-
     Raises:
         FileError: nibabel cannot read the header.
-        GeometryError: a spacing of zero or below.
+        GeometryError: its goodRASFlag says that it knows no place (nibabel would take a coronal grid of 1 mm without a word), or a
+            spacing of zero or below.
     """
     from nibabel.freesurfer.mghformat import DATA_OFFSET, MGHError, MGHHeader
     from nibabel.spatialimages import HeaderDataError
@@ -44,6 +43,11 @@ def mgh_header(path: Path) -> tuple[Layout, Affine]:
         )
     except (HeaderDataError, MGHError, KeyError, ValueError) as error:
         raise FileError(f"{path} is no readable MGH file ({line_of(error)}); copy it again.") from error
+    flag = int.from_bytes(start[GOOD_RAS_FLAG], "big", signed=True)  # as it is on disk: nibabel mends it
+    if flag != 1:
+        raise GeometryError(
+            f"{path}: its header does not say where the patient lies (goodRASFlag {flag}); convert the original again."
+        )
     spacing = header["delta"]
     if not (spacing > 0).all():
         raise GeometryError(

@@ -109,17 +109,22 @@ def read_voxels(path: Path, layout: Layout, dtype: type[np.float32] | None = Non
     where = path if layout.data == path else f"{path} (voxels in {layout.data.name})"
     try:
         _require_room(where, layout)
-        voxels = np.empty(math.prod(layout.shape), dtype or layout.scaled_dtype)
+        voxels = _empty(where, layout, dtype)
         with layout.data.open("rb") as file, np.errstate(over="ignore", invalid="ignore"):
             file.seek(layout.start)
             _fill(voxels, where, layout, _pieces(file, layout.encoding))
     except (OSError, EOFError, zlib.error) as error:
         raise _unreadable(where, error) from error
+    return voxels.reshape(layout.shape, order="F")
+
+
+def _empty(where: object, layout: Layout, dtype: type[np.float32] | None) -> NDArray[Any]:
+    try:
+        return np.empty(math.prod(layout.shape), dtype or layout.scaled_dtype)
     except (MemoryError, ValueError) as error:  # NumPy says ValueError where a size does not fit 64 bits
         raise FileError(
             f"{where}: there is no memory for an array of {layout.shape} voxels; is its header damaged?"
         ) from error
-    return voxels.reshape(layout.shape, order="F")
 
 
 def _unreadable(where: object, error: Exception) -> FileError:

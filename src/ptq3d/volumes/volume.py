@@ -21,6 +21,7 @@ Grid: TypeAlias = tuple[Shape, Affine]
 """Shape (X, Y, Z) and affine (4, 4): where the voxels of a volume lie."""
 
 SMALLEST_SPACING_MM = 1e-6
+FARTHEST_MM = 1e9  # beyond it a header is broken, and products of its numbers overflow
 SMALLEST_SINE = 1e-6  # of the angle between axes: below it they span no volume
 SAME_GRID_VOXELS = 0.1  # headers round spacings to a few digits; half a voxel would already move labels
 
@@ -99,10 +100,14 @@ def valid_affine(affine: ArrayLike) -> Affine:
         affine: (4, 4), voxel -> world in mm.
 
     Raises:
-        GeometryError: of another shape, not finite, last row not 0 0 0 1, a spacing of zero, or axes in one plane.
+        GeometryError: of another shape, not finite or beyond 1e9 mm, last row not 0 0 0 1, a spacing of zero, or axes in one plane.
     """
     matrix = np.array(affine, dtype=np.float64)
-    if matrix.shape != (4, 4) or not np.isfinite(matrix).all() or not np.array_equal(matrix[3], (0, 0, 0, 1)):
+    if (
+        matrix.shape != (4, 4)
+        or not (np.abs(matrix) < FARTHEST_MM).all()
+        or not np.array_equal(matrix[3], (0, 0, 0, 1))
+    ):
         raise GeometryError(
             f"the affine must be 4x4, finite, with last row 0 0 0 1, got {matrix.tolist()}; mend the file's header."
         )

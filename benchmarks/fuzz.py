@@ -1,0 +1,438 @@
+"""Damaged files against the readers: each must be read, or refused with one clear error.
+
+    python benchmarks/fuzz.py --minutes 10 --report fuzz.json [--formats .nii .nrrd ...] [--seed 0]
+
+Files of every format are made and damaged: bytes flipped, ends cut, numbers of headers replaced by others (zero, negative,
+huge, NaN), lines lost or doubled, blocks moved, pieces of other formats put in; what is compressed is damaged within, too. A
+finding is whatever else comes of it than a sound volume or an `InputError` of one line that names the file: another error, a
+warning, a crash of the process, more than 20 seconds, or memory beyond 2 GiB. The files of a finding are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import io
+import json
+import os
+import random
+import resource
+import selectors
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import traceback
+import warnings
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from ptq3d.compare import machine
+from ptq3d.errors import InputError
+
+MEMORY = 2 << 30
+PATIENCE_S = 20.0
+LONGEST_MESSAGE = 600  # beside the path in it
+AFFINE = np.array([[0, 0, 2.0, -10], [-1.5, 0, 0, 20], [0, 1.0, 0, 5], [0, 0, 0, 1]])
+VOXELS = np.random.default_rng(0).integers(0, 200, (7, 6, 5))
+NUMBERS = (
+    0,
+    1,
+    -1,
+    2,
+    3,
+    4,
+    127,
+    128,
+    255,
+    30000,
+    32767,
+    -32768,
+    65535,
+    2**31 - 1,
+    -(2**31),
+    1e30,
+    1e-30,
+    float("nan"),
+    float("inf"),
+)
+TEXTS = (
+    b"0",
+    b"-1",
+    b"2",
+    b"4",
+    b"30000",
+    b"4294967296",
+    b"99999999999999999999",
+    b"nan",
+    b"inf",
+    b"1e400",
+    b"",
+    b"../../x",
+    b"LIST",
+)
+Files = dict[str, bytes]
+
+
+@dataclass(frozen=True)
+class Seed:
+    """Sound files, and what of them is read.
+
+    Attributes:
+        files: name -> bytes.
+        entry: the file that is read, "" for the folder.
+        reader: one of `READERS`.
+    """
+
+    files: Files
+    entry: str
+    reader: str = "volume"
+
+
+def nifti(name: str, dtype: str = "i2", kind: str = "Nifti1Image") -> Callable[[Path], None]:
+    """A NIfTI file with a slope."""
+
+    def write(folder: Path) -> None:
+        import nibabel
+
+        image = getattr(nibabel, kind)(VOXELS.astype(dtype), AFFINE)
+        image.header.set_slope_inter(2, -100)
+        nibabel.save(image, folder / name)
+
+    return write
+
+
+def mgh(name: str, dtype: str) -> Callable[[Path], None]:
+    """An MGH file."""
+
+    def write(folder: Path) -> None:
+        import nibabel
+
+        nibabel.save(nibabel.MGHImage(VOXELS.astype(dtype), AFFINE), folder / name)
+
+    return write
+
+
+def itk(name: str, *, compressed: bool) -> Callable[[Path], None]:
+    """A NRRD or MetaImage file."""
+
+    def write(folder: Path) -> None:
+        import SimpleITK as sitk  # noqa: N813
+
+        image = sitk.GetImageFromArray(VOXELS.T.astype("i2"))
+        image.SetSpacing((1.5, 1.0, 2.0))
+        sitk.WriteImage(image, str(folder / name), useCompression=compressed)
+
+    return write
+
+
+def dicom(folder: Path) -> None:
+    """A CT series of four slices."""
+    from pydicom.dataset import Dataset, FileMetaDataset
+    from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+
+    series, frame = generate_uid(entropy_srcs=["series"]), generate_uid(entropy_srcs=["frame"])
+    for index in range(4):
+        slice_ = Dataset()
+        slice_.SOPClassUID, slice_.SOPInstanceUID = CTImageStorage, generate_uid(entropy_srcs=[str(index)])
+        slice_.StudyInstanceUID = slice_.SeriesInstanceUID = series
+        slice_.FrameOfReferenceUID, slice_.Modality, slice_.PatientID = frame, "CT", "1"
+        slice_.ImagePositionPatient, slice_.ImageOrientationPatient = [0, 0, 2 * index], [1, 0, 0, 0, 1, 0]
+        slice_.PixelSpacing, slice_.SliceThickness, slice_.InstanceNumber = [1.5, 1.5], 2, index + 1
+        slice_.Rows, slice_.Columns, slice_.SamplesPerPixel = 6, 7, 1
+        slice_.BitsAllocated, slice_.BitsStored, slice_.HighBit, slice_.PixelRepresentation = 16, 16, 15, 1
+        slice_.PhotometricInterpretation, slice_.RescaleSlope, slice_.RescaleIntercept = "MONOCHROME2", 1, -1024
+        slice_.PixelData = VOXELS[..., index].T.astype("<i2").tobytes()
+        slice_.file_meta = FileMetaDataset()
+        slice_.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        slice_.save_as(folder / f"{index}.dcm", enforce_file_format=True)
+
+
+def zipped(folder: Path) -> None:
+    """The same series in a zip."""
+    dicom(folder)
+    with zipfile.ZipFile(folder / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in sorted(folder.glob("*.dcm")):
+            archive.write(path, path.name)
+            path.unlink()
+
+
+SEEDS: dict[str, tuple[Callable[[Path], None], str, str]] = {
+    ".nii": (nifti("a.nii"), "a.nii", "volume"),
+    ".nii float64": (nifti("a.nii", "f8"), "a.nii", "volume"),
+    ".nii NIfTI-2": (nifti("a.nii", kind="Nifti2Image"), "a.nii", "volume"),
+    ".nii.gz": (nifti("a.nii.gz"), "a.nii.gz", "volume"),
+    ".mgh": (mgh("a.mgh", "f4"), "a.mgh", "volume"),
+    ".mgz": (mgh("a.mgz", "i2"), "a.mgz", "volume"),
+    ".nrrd": (itk("a.nrrd", compressed=False), "a.nrrd", "volume"),
+    ".nrrd gzip": (itk("a.nrrd", compressed=True), "a.nrrd", "volume"),
+    ".nhdr": (itk("a.nhdr", compressed=True), "a.nhdr", "volume"),
+    ".mha": (itk("a.mha", compressed=False), "a.mha", "volume"),
+    ".mha zlib": (itk("a.mha", compressed=True), "a.mha", "volume"),
+    ".mhd": (itk("a.mhd", compressed=False), "a.mhd", "volume"),
+}
+"""What is damaged. Open: files written into a folder, which of them is read ("" the folder), and how (`READERS`)."""
+
+if find_spec("ptq3d.volumes.dicom") is not None:
+    SEEDS["DICOM folder"] = (dicom, "", "volume")
+    SEEDS["DICOM zip"] = (zipped, "a.zip", "volume")
+
+
+def read_volume(path: Path) -> None:
+    """Grid, image and labels; a finding where the image does not lie on the grid or is not finite."""
+    from ptq3d.volumes.files import load_grid, load_image, load_labels
+
+    image = load_image(path)
+    shape, affine = load_grid(path)
+    if shape != image.shape or not np.array_equal(affine, image.affine) or not np.isfinite(image.data).all():
+        raise RuntimeError(f"unsound: {shape} and {image.shape}")
+    if path.is_file() and path.suffix not in (".dcm", ".zip"):
+        try:
+            load_labels(path)
+        except InputError as error:
+            require_clear(path, error)
+
+
+READERS: Mapping[str, Callable[[Path], None]] = {"volume": read_volume}
+"""How an entry is read. Open: raises InputError, or returns."""
+
+
+def made(format_: str) -> Seed:
+    """The sound files of a format."""
+    write, entry, reader = SEEDS[format_]
+    with tempfile.TemporaryDirectory() as scratch:
+        write(Path(scratch))
+        return Seed({path.name: path.read_bytes() for path in sorted(Path(scratch).iterdir())}, entry, reader)
+
+
+def damaged(content: bytes, dice: random.Random, others: list[bytes]) -> bytes:
+    """One to three kinds of damage, within the compressed content in half of the cases."""
+    if content[:2] == b"\x1f\x8b" and dice.random() < 0.5:
+        return gzip.compress(damaged(gzip.decompress(content), dice, others), 1)
+    if content[:2] == b"PK" and dice.random() < 0.5:
+        return rezipped(content, dice, others)
+    for _ in range(dice.randint(1, 3)):
+        content = dice.choice(DAMAGES)(bytearray(content), dice, others)
+    return content
+
+
+def rezipped(content: bytes, dice: random.Random, others: list[bytes]) -> bytes:
+    """A zip with one damaged member, sometimes under another name."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    name = dice.choice(sorted(members))
+    members[dice.choice((name, "../x.dcm", "/x.dcm", "1/" + name))] = damaged(members.pop(name), dice, others)
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for member, data in members.items():
+            archive.writestr(member, data)
+    return buffer.getvalue()
+
+
+def flip(content: bytearray, dice: random.Random, _: list[bytes]) -> bytes:
+    """One to eight bytes anywhere, or in the header."""
+    reach = dice.choice((len(content), min(len(content), 500)))
+    for _step in range(dice.randint(1, 8) if reach else 0):
+        content[dice.randrange(reach)] ^= 1 << dice.randrange(8) if dice.random() < 0.5 else dice.randint(1, 255)
+    return bytes(content)
+
+
+def cut(content: bytearray, dice: random.Random, _: list[bytes]) -> bytes:
+    """The end is lost, or something follows it."""
+    if dice.random() < 0.3:
+        return bytes(content) + dice.randbytes(dice.randint(1, 2000))
+    return bytes(content[: dice.randint(0, len(content))])
+
+
+def renumber(content: bytearray, dice: random.Random, _: list[bytes]) -> bytes:
+    """A binary number of the header is another."""
+    format_, number = dice.choice("<>") + dice.choice("bhiqfd"), dice.choice(NUMBERS)
+    try:
+        packed = struct.pack(format_, number if format_[1] in "fd" else int(number))
+    except (struct.error, OverflowError, ValueError):
+        packed = b"\xff" * struct.calcsize(format_)
+    place = dice.randrange(0, max(1, min(len(content), 600) - len(packed)), dice.choice((1, 2, 4)))
+    content[place : place + len(packed)] = packed
+    return bytes(content)
+
+
+def retext(content: bytearray, dice: random.Random, _: list[bytes]) -> bytes:
+    """A word or number of a text header is another, or a line is lost, doubled or moved."""
+    lines = bytes(content[:1000]).split(b"\n")
+    index = dice.randrange(len(lines))
+    way = dice.randrange(5)
+    if way <= 2:
+        words = lines[index].split(b" ")
+        words[dice.randrange(len(words))] = dice.choice(TEXTS) if dice.random() < 0.8 else b"9" * dice.randint(1, 5000)
+        lines[index] = b" ".join(words)
+    elif way == 3:
+        lines.insert(dice.randrange(len(lines)), lines[index])
+    else:
+        lines.insert(dice.randrange(len(lines)), lines.pop(index))
+    return b"\n".join(lines) + bytes(content[1000:])
+
+
+def splice(content: bytearray, dice: random.Random, others: list[bytes]) -> bytes:
+    """A block of this file or another stands somewhere, over what was there or between it."""
+    source = dice.choice([bytes(content), *others]) or b"\0"
+    first = dice.randrange(len(source))
+    block = source[first : first + dice.randint(1, 400)]
+    place = dice.randint(0, len(content))
+    content[place : place + dice.choice((0, len(block)))] = block
+    return bytes(content)
+
+
+DAMAGES = (flip, cut, renumber, retext, splice)
+
+
+def require_clear(path: Path, error: InputError) -> None:
+    """One line that names the file.
+
+    Raises:
+        RuntimeError: it does not.
+    """
+    text = str(error)
+    if "\n" in text or str(path) not in text or len(text.replace(str(path), "")) > LONGEST_MESSAGE:
+        raise RuntimeError(f"unclear: {text!r}") from error
+
+
+def work() -> None:
+    """The worker: paths come in, one a line; what became of each goes out."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    warnings.simplefilter("error")
+    for format_, (_, entry, reader) in SEEDS.items():  # everything is imported before memory is capped
+        seed = made(format_)
+        with tempfile.TemporaryDirectory() as scratch:
+            write(Path(scratch), seed.files)
+            READERS[reader](Path(scratch, entry))
+    with Path("/proc/self/statm").open(encoding="ascii") as file:
+        held = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (held + MEMORY, held + MEMORY))
+    print(json.dumps("ready"), file=answers, flush=True)
+    for line in sys.stdin:
+        reader, path = json.loads(line)
+        print(json.dumps(outcome(READERS[reader], Path(path))), file=answers, flush=True)
+
+
+def outcome(read: Callable[[Path], None], path: Path) -> str:
+    """ "read", "refused", or a traceback."""
+    try:
+        read(path)
+        return "read"
+    except InputError as error:
+        try:
+            require_clear(path, error)
+        except RuntimeError as unclear:
+            return f"finding: {unclear}"
+        return "refused"
+    except BaseException:  # noqa: BLE001 whatever it is, it is what is looked for
+        return f"finding: {traceback.format_exc()}"
+
+
+class Worker:
+    """A process that reads, started anew when it dies or hangs."""
+
+    def __init__(self) -> None:
+        self.process = self._start()
+
+    def _start(self) -> subprocess.Popen[Any]:
+        command = [sys.executable, __file__, "--worker"]
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        process = subprocess.Popen(command, text=True, **pipes)
+        if self._answer(process, 120) != "ready":
+            raise SystemExit("the worker does not start: are all sound files read?")
+        return process
+
+    def _answer(self, process: subprocess.Popen[Any], patience_s: float) -> str:
+        with selectors.DefaultSelector() as selector:
+            selector.register(process.stdout, selectors.EVENT_READ)
+            if not selector.select(patience_s):
+                return f"finding: no answer within {patience_s} s"
+        line = process.stdout.readline()
+        return str(json.loads(line)) if line else f"finding: the process died with {process.wait()}"
+
+    def ask(self, reader: str, path: Path) -> str:
+        """What became of a file."""
+        self.process.stdin.write(json.dumps([reader, str(path)]) + "\n")
+        self.process.stdin.flush()
+        answer = self._answer(self.process, PATIENCE_S)
+        if answer.startswith(("finding: no answer", "finding: the process died")):
+            self.close()
+            self.process = self._start()
+        return answer
+
+    def close(self) -> None:
+        """End the process."""
+        self.process.kill()
+        self.process.wait()
+
+
+def write(folder: Path, files: Files) -> None:
+    """All files of a seed into a fresh folder."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+
+
+def fuzz(options: argparse.Namespace) -> tuple[dict[str, Counter[str]], list[dict[str, str]]]:
+    """Counts per format, and findings."""
+    dice, seeds, worker = random.Random(options.seed), {name: made(name) for name in options.formats}, Worker()
+    others = [content for seed in seeds.values() for content in seed.files.values()]
+    counts: dict[str, Counter[str]] = {name: Counter() for name in seeds}
+    findings: list[dict[str, str]] = []
+    end = perf_counter() + 60 * options.minutes
+    with tempfile.TemporaryDirectory() as scratch:
+        case = Path(scratch, "case")
+        while perf_counter() < end:
+            for name, seed in seeds.items():
+                victim = dice.choice(sorted(seed.files))
+                write(case, seed.files | {victim: damaged(seed.files[victim], dice, others)})
+                answer = worker.ask(seed.reader, case / seed.entry)
+                counts[name]["findings" if answer.startswith("finding") else answer] += 1
+                if answer.startswith("finding"):
+                    kept = options.keep / f"{len(findings):03}"
+                    shutil.copytree(case, kept, dirs_exist_ok=True)
+                    findings.append({"format": name, "kept": str(kept), "what": answer})
+                    print(f"{name}: {answer.strip().splitlines()[-1][:200]} ({kept})", flush=True)
+    worker.close()
+    return counts, findings
+
+
+def main() -> None:
+    """Fuzz, print a table, write the report; exit 1 where something was found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--formats", nargs="+", choices=[*SEEDS], default=[*SEEDS])
+    parser.add_argument("--report", type=Path, default=Path("fuzz.json"), help="JSON file to write")
+    parser.add_argument("--keep", type=Path, default=Path("fuzz-findings"), help="folder for the files of findings")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        work()
+        return
+    counts, findings = fuzz(options)
+    print(f"{'format':14} {'inputs':>8} {'read':>8} {'refused':>8} {'findings':>8}")
+    for name, count in counts.items():
+        print(f"{name:14} {count.total():8} {count['read']:8} {count['refused']:8} {count['findings']:8}")
+    versions = {package: version(package) for package in ("numpy", "nibabel", "SimpleITK")}
+    report = {"counts": counts, "findings": findings, "minutes": options.minutes, "seed": options.seed}
+    report |= {"machine": {**machine(), **versions}, "command": sys.argv}
+    options.report.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    sys.exit(1 if findings else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -18,14 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq3d.data import find_data, numbered
-from ptq3d.datasets.cases import Case, read_image, read_labels
+from ptq3d.datasets.cases import Case, read_grid, read_image, read_labels
 from ptq3d.datasets.dataset import Dataset
 from ptq3d.datasets.label_map import LabelMap
 from ptq3d.errors import EngineError, InputError
 from ptq3d.memory import available_bytes
 from ptq3d.options import DataCheckOptions, DataShowOptions
 from ptq3d.progress import Progress, bar, silent
-from ptq3d.volumes.files import load_grid
 from ptq3d.volumes.resample import oriented_grid
 from ptq3d.volumes.volume import Volume, axcodes_of, require_same_grid
 
@@ -135,12 +134,12 @@ def _shown(case: Case) -> tuple[str, ...]:
     files = case.label_files
     labels = "none" if not files else files[0].name if len(files) == 1 else f"{len(files)} masks"
     try:
-        shape, affine = load_grid(case.images[0])
+        shape, affine = read_grid(case)
     except InputError as error:
-        return case.name, case.split, str(len(case.images)), f"unreadable: {error}", "", "", labels
+        return case.name, case.split, str(case.channels), f"unreadable: {error}", "", "", labels
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     return (
-        case.name, case.split, str(len(case.images)), " x ".join(map(str, shape)),
+        case.name, case.split, str(case.channels), " x ".join(map(str, shape)),
         " x ".join(f"{size:.3g}" for size in spacing), axcodes_of(affine), labels,
     )  # fmt: skip
 
@@ -202,8 +201,8 @@ def _workers(cases: Sequence[Case]) -> int:
     largest = 1
     for case in cases[:: max(1, len(cases) // 50)]:
         with suppress(InputError):
-            (x, y, z), _ = load_grid(case.images[0])
-            largest = max(largest, x * y * z * len(case.images))
+            (x, y, z), _ = read_grid(case)
+            largest = max(largest, x * y * z * case.channels)
     room = available_bytes() // (largest * BYTES_A_VOXEL)
     return max(1, min(_cores(), len(cases) // 4, room))
 

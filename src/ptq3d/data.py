@@ -11,13 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ptq3d.datasets.cases import Case
+from ptq3d.datasets.cases import Case, read_grid
 from ptq3d.datasets.dataset import Dataset, Ignored
 from ptq3d.datasets.label_map import LabelMap
 from ptq3d.datasets.layouts import open_dataset
 from ptq3d.errors import InputError, LabelError, OptionError
 from ptq3d.manifest import Manifest
-from ptq3d.volumes.files import load_grid
 from ptq3d.volumes.resample import oriented_grid
 
 log = logging.getLogger("ptq3d")
@@ -159,7 +158,7 @@ def described(found: Dataset) -> str:
         counts = Counter(case.split or "without split" for case in found.cases)
         parts[0] += f" ({', '.join(f'{number} {split}' for split, number in counts.items())})"
     parts.append(_labelled(found))
-    if (channels := len(found.cases[0].images)) > 1:
+    if (channels := found.cases[0].channels) > 1:
         parts.append(f"{channels} channels" + (f" ({', '.join(found.channels)})" if found.channels else ""))
     parts += [f"spacing {spacing}" for spacing in _spacings(found.cases)]
     if found.ignored:
@@ -195,7 +194,7 @@ def _spacings(cases: Sequence[Case]) -> Iterator[str]:
     seen = []
     for case in cases[:: max(1, len(cases) // SEEN_HEADERS)]:
         with suppress(InputError):  # the verb that reads the case will say what is wrong with it
-            affine = oriented_grid(load_grid(case.images[0]), "RAS")[1]
+            affine = oriented_grid(read_grid(case), "RAS")[1]
             seen.append(np.linalg.norm(affine[:3, :3], axis=0))
     if seen:
         ends = zip(np.min(seen, axis=0), np.max(seen, axis=0), strict=True)

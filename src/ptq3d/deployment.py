@@ -14,7 +14,7 @@ import numpy as np
 
 from ptq3d.artefacts import cached_artefact
 from ptq3d.data import find_data, judged_by
-from ptq3d.datasets.cases import Case, read_image, true_classes
+from ptq3d.datasets.cases import Case, read_grid, read_image, true_classes
 from ptq3d.datasets.label_map import LabelMap
 from ptq3d.engines import get_backend
 from ptq3d.engines.base import Engine, EngineOptions
@@ -27,7 +27,6 @@ from ptq3d.options import CaseOptions, DeployOptions
 from ptq3d.pipeline import preprocessing_of
 from ptq3d.predict import Answer, Prepared, estimated_bytes, predict_labels, prepared_case, require_memory
 from ptq3d.progress import bar
-from ptq3d.volumes.files import load_grid
 from ptq3d.volumes.preprocessing import Preprocessing
 from ptq3d.writing import Writing
 
@@ -259,7 +258,7 @@ def _require_memory(deployment: Deployment, engine: Engine, cases: list[Case], l
     needed = {}
     for case in cases:
         with suppress(Ptq3dError):  # the case will end with it, the others go on
-            grid = load_grid(case.images[0])
+            grid = read_grid(case)
             needed[case.name] = estimated_bytes(grid, engine, deployment.manifest, deployment.preprocessing)
     require_memory(needed, limit, resident_bytes(), ahead=deployment.options.threads != 1)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from placing import dumped, left_out, told, touch, volume
 
-from ptq3d.datasets.cases import read_image
+from ptq3d.datasets.cases import read_grid, read_image
 from ptq3d.datasets.layouts import open_dataset
 from ptq3d.errors import FileError, LabelError
 
@@ -84,13 +84,24 @@ def test_classes_without_names_stay_so_and_it_is_said(tmp_path: Path, labels: ob
     assert "names no classes" in left_out(found)["dataset.json"]
 
 
-def test_several_modalities_in_one_file_are_refused_when_read(tmp_path: Path) -> None:
+def test_several_modalities_in_one_file_are_channels(tmp_path: Path) -> None:
     root = heart(tmp_path, modality={"0": "FLAIR", "1": "T1w", "2": "t1gd", "3": "T2w"})
-    volume(root / FILES[0], np.zeros((4, 4, 4, 4), np.float32))
+    stored = np.random.default_rng(0).normal(size=(5, 6, 7, 4)).astype(np.float32)
+    volume(root / FILES[0], stored)
     found = open_dataset(root)
     assert found.channels == ("FLAIR", "T1w", "t1gd", "T2w")
-    with pytest.raises(FileError, match=r"la_003\.nii\.gz: wanted one 3D volume, got shape \(4, 4, 4, 4\)"):
-        read_image(found.cases[0])
+    np.testing.assert_array_equal(read_image(found.cases[0]).data, np.moveaxis(stored, -1, 0))
+    assert read_grid(found.cases[0])[0] == (5, 6, 7)
+    assert found.cases[0].channels == 4
+
+
+@pytest.mark.parametrize("shape", [(4, 4, 4, 3), (4, 4, 4), (4, 4, 4, 4, 2)])
+def test_another_number_of_modalities_is_refused_when_read(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    root = heart(tmp_path, modality={"0": "FLAIR", "1": "T1w", "2": "t1gd", "3": "T2w"})
+    volume(root / FILES[0], np.zeros(shape, np.float32))
+    for read in (read_image, read_grid):
+        with pytest.raises(FileError, match=r"la_003\.nii\.gz: wanted 4 3D volumes, got shape \("):
+            read(open_dataset(root).cases[0])
 
 
 def entry(image: object, label: object = "labelsTr/la_003.nii.gz") -> dict[str, object]:

@@ -18,13 +18,16 @@ from ptq3d.volumes.files import FORMATS, load_grid, load_image, load_labels, sav
 from ptq3d.volumes.preprocessing import Preprocessing
 from ptq3d.volumes.volume import Volume
 
-READ_BY_ITK = [suffix for suffix in FORMATS if suffix not in (".mgz", ".mgh")]  # SimpleITK 2.5 reads no MGH
+WRITABLE = [suffix for suffix, kind in FORMATS.items() if kind.write is not None]
+READ_BY_ITK = [suffix for suffix in WRITABLE if suffix not in (".mgz", ".mgh")]  # SimpleITK 2.5 reads no MGH
 MANY = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 SHAPES = shapes(6, 16)
 
 
 def saved(path: Path, voxels: np.ndarray, affine: np.ndarray) -> Path:
-    FORMATS[path.name[path.name.index(".") :]].write(path, voxels, affine)
+    write = FORMATS[path.name[path.name.index(".") :]].write
+    assert write is not None
+    write(path, voxels, affine)
     return path
 
 
@@ -41,7 +44,7 @@ def two_sides(places: np.ndarray, normal: np.ndarray) -> tuple[np.ndarray, np.nd
     return np.where(distance > 0, 2, 1).astype(np.uint8), distance
 
 
-@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("suffix", WRITABLE)
 @MANY
 @given(
     shape=SHAPES,
@@ -64,13 +67,13 @@ def test_labels_come_back_to_where_they_were(
     seen = preprocessing.apply_labels(loaded)
     save_labels(tmp_path / f"b{suffix}", preprocessing.restore_labels(seen.data[0], loaded.grid))
     back = load_labels(tmp_path / f"b{suffix}")
-    np.testing.assert_allclose(back.affine, loaded.affine, atol=1e-6)
+    np.testing.assert_allclose(back.affine, loaded.affine, atol=1e-4)
     np.testing.assert_allclose(back.affine, affine, atol=1e-3)
     clear = np.abs(distance) > reach(affine) + reach(seen.affine)
     np.testing.assert_array_equal(back.data[0][clear], labels[clear])
 
 
-@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("suffix", WRITABLE)
 @MANY
 @given(
     shape=SHAPES,

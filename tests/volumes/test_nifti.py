@@ -9,6 +9,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+import SimpleITK as sitk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from monai.data import NibabelReader
@@ -16,8 +17,15 @@ from monai.data import NibabelReader
 from grids import affines, noise, shapes
 from ptq3d.errors import FileError, GeometryError
 from ptq3d.volumes import streams
-from ptq3d.volumes.files import load_grid, load_image, load_labels
+from ptq3d.volumes.files import load_grid, load_image, load_labels, save_labels
+from ptq3d.volumes.volume import Volume
 
+REAL = [
+    "abdomen_ct/images/ct.nii.gz",
+    "abdomen_mr/images/mr.nii.gz",
+    "spine_small/sub-mri_label-6_T2w.nii.gz",
+    "whole_brain/test/images/1013.nii.gz",
+]
 DTYPES = ["u1", "i1", "i2", "u2", "i4", "u4", "i8", "u8", "f4", "f8"]
 KINDS = {1: nibabel.Nifti1Image, 2: nibabel.Nifti2Image}
 SCALES = [(1.0, 0.0), (0.5, -1024.0), (2.0, 0.0), (1.0, 3.0), (0.1, 0.7), (np.nan, 0.0), (0.0, 5.0), (1e30, 0.0)]
@@ -83,6 +91,41 @@ def test_any_file_is_what_nibabel_and_monai_read(
     found, where = load_grid(path)
     assert found == volume.shape
     np.testing.assert_array_equal(where, volume.affine)
+
+
+def require_simpleitks_grid(path: Path, tolerance_mm: float) -> None:
+    """Places, spacing and orientation; ITK keeps directions apart from spacing and makes them orthogonal."""
+    volume, image = load_image(path), sitk.ReadImage(str(path))
+    for index in ((0, 0, 0), tuple(size - 1 for size in volume.shape)):
+        place = np.diag([-1, -1, 1]) @ image.TransformIndexToPhysicalPoint(tuple(map(int, index)))
+        np.testing.assert_allclose(volume.affine[:3, :3] @ index + volume.affine[:3, 3], place, atol=tolerance_mm)
+    np.testing.assert_allclose(volume.spacing, image.GetSpacing(), rtol=1e-4)
+    code = sitk.DICOMOrientImageFilter_GetOrientationFromDirectionCosines(image.GetDirection())
+    assert volume.orientation == code
+
+
+@fresh
+@given(affine=affines(oblique=False), shape=shapes(1, 7), name=st.sampled_from(["a.nii", "a.nii.gz"]))
+def test_a_grid_is_simpleitks(tmp_path: Path, affine: np.ndarray, shape: tuple[int, int, int], name: str) -> None:
+    nibabel.save(nibabel.Nifti1Image(noise(shape), affine), tmp_path / name)
+    require_simpleitks_grid(tmp_path / name, 1e-3)
+
+
+@pytest.mark.parametrize("suffix", [".nrrd", ".mha", ".mgz"])
+@pytest.mark.parametrize("file", REAL)
+def test_real_files_lie_in_one_place_for_all_readers(shared: Path, tmp_path: Path, file: str, suffix: str) -> None:
+    """Also after they were written as another format."""
+    path = shared / "data" / file
+    volume, reader = load_image(path), NibabelReader()
+    require_simpleitks_grid(path, 1e-2)
+    array, meta = reader.get_data(reader.read(path))
+    np.testing.assert_allclose(volume.data[0], array, rtol=1e-5, atol=1e-3)
+    np.testing.assert_allclose(volume.affine, meta["affine"], atol=1e-6)
+    labels = Volume((volume.data > 100).astype(np.uint8), volume.affine)
+    save_labels(tmp_path / f"a{suffix}", labels)
+    back = load_labels(tmp_path / f"a{suffix}")
+    np.testing.assert_array_equal(back.data, labels.data)
+    np.testing.assert_allclose(back.affine, labels.affine, rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

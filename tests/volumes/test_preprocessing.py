@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from grids import affines, noise, orientations, shapes, spacings, world
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.transforms import (
@@ -25,6 +24,7 @@ from monai.transforms import (
     Spacingd,
 )
 
+from grids import affines, noise, orientations, shapes, spacings, world
 from ptq3d.errors import FileError, InputError, IntensityError, OptionError, ShapeError
 from ptq3d.volumes.files import load_image, load_labels
 from ptq3d.volumes.intensity import INTENSITY_RULES

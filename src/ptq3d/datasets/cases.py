@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from ptq3d.datasets.label_map import LabelMap
-from ptq3d.volumes.files import load_image, load_labels
+from ptq3d.volumes.files import load_grid, load_image, load_labels
 from ptq3d.volumes.source import Source, digest
-from ptq3d.volumes.volume import Volume, require_same_grid
+from ptq3d.volumes.volume import Grid, Volume, require_same_grid
 
 
 @dataclass(frozen=True)
@@ -35,17 +35,24 @@ class Case:
         images: one source a channel.
         labels: a label map, or masks that are merged into one (where two overlap, the later one wins), or None.
         split: "train", "val", "test", or "" where the data set does not say.
+        stacked: channels that each of the images holds: more than one for a 4D file.
     """
 
     name: str
     images: tuple[Source, ...]
     labels: Path | tuple[Mask, ...] | None = None
     split: str = ""
+    stacked: int = 1
 
     @property
     def where(self) -> str:
         """The first image, for messages."""
         return str(self.images[0])
+
+    @property
+    def channels(self) -> int:
+        """C of all images together."""
+        return len(self.images) * self.stacked
 
     @property
     def label_files(self) -> tuple[Path, ...]:
@@ -72,16 +79,25 @@ def read_image(case: Case) -> Volume:
     """All channels of a case.
 
     Returns:
-        (C, X, Y, Z) float32 on the grid of the first channel.
+        (C, X, Y, Z) float32 on the grid of the first image.
 
     Raises:
         FileError, GeometryError, IntensityError: see `load_image`.
         GeometryError: channels lie on different grids.
     """
-    first, *others = (load_image(source) for source in case.images)
+    first, *others = (load_image(source, channels=case.stacked) for source in case.images)
     for other, source in zip(others, case.images[1:], strict=True):
         require_same_grid(first, other, image_path=case.images[0], label_path=source)
     return Volume(np.concatenate([first.data, *(other.data for other in others)]), first.affine) if others else first
+
+
+def read_grid(case: Case) -> Grid:
+    """Where the voxels of a case lie, from the header of its first image.
+
+    Raises:
+        FileError, GeometryError: see `load_grid`.
+    """
+    return load_grid(case.images[0], channels=case.stacked)
 
 
 def read_labels(case: Case) -> Volume | None:

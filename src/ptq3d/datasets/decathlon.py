@@ -5,6 +5,7 @@ Source: Antonelli et al. 2022, The Medical Segmentation Decathlon; the `dataset.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from ptq3d.datasets.contents import contents, is_folder
@@ -17,7 +18,7 @@ LAYOUT = "Medical Segmentation Decathlon"
 def find(root: Path) -> Dataset | None:
     """A task as downloaded: `dataset.json`, `imagesTr`, `labelsTr`, `imagesTs`.
 
-    Some tasks keep several modalities in one 4D file; its case is found, and refused when it is read.
+    Some tasks keep several modalities in one 4D file, which are the channels of its case.
 
     Args:
         root: the folder of one task, such as Task02_Heart.
@@ -33,7 +34,11 @@ def find(root: Path) -> Dataset | None:
     if table is None or "training" not in table:
         return None
     path = root / "dataset.json"
-    cases = arranged(listed(table, Listing(path)))
+    channels = channel_names(table.get("modality"))
+    cases = arranged(
+        replace(case, stacked=max(1, len(channels)) if len(case.images) == 1 else 1)
+        for case in listed(table, Listing(path))
+    )
     used = {root / "dataset.json", *(file for case in cases for file in (*case.images, *case.label_files))}
     classes = label_map(table.get("labels"), where=path)
     unnamed = () if classes else (Ignored(path, "names no classes; its label values stay without names"),)
@@ -42,7 +47,7 @@ def find(root: Path) -> Dataset | None:
         root,
         cases,
         label_map=classes,
-        channels=channel_names(table.get("modality")),
+        channels=channels,
         ignored=(*_unlisted(root, {Path(str(file)) for file in used}), *unnamed),
     )
 

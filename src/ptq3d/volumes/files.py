@@ -51,19 +51,20 @@ FORMATS: dict[str, Format] = {
 """Kinds of files by the end of their name. Open: a new kind is one or two functions and one row."""
 
 
-def load_image(source: Source) -> Volume:
+def load_image(source: Source, *, channels: int = 1) -> Volume:
     """The image of a file or a DICOM series, in the file's unit (CT: HU), on the grid its header gives it.
 
     Memory holds the result and a few MB, whatever the stored type and compression.
 
     Args:
-        source: a file of one of `FORMATS`, 3D or 4D with a single volume; a series; or a folder, .zip or .dcm file of one series.
+        source: a file of one of `FORMATS`, 3D or 4D; a series; or a folder, .zip or .dcm file of one series.
+        channels: volumes that a 4D file must hold.
 
     Returns:
-        (1, X, Y, Z) float32.
+        (C, X, Y, Z) float32.
 
     Raises:
-        FileError: missing, unreadable, truncated, of an unknown kind, or not one 3D volume of real numbers.
+        FileError: missing, unreadable, truncated, of an unknown kind, or not as many 3D volumes of real numbers.
         GeometryError: singular affine, zero spacing, or slices that make no grid.
         IntensityError: NaN or infinite voxels.
     """
@@ -73,7 +74,7 @@ def load_image(source: Source) -> Volume:
 
         voxels, affine = read_series(found)
     else:
-        voxels, affine = _read(Path(found), np.float32)
+        voxels, affine = _read(Path(found), np.float32, channels)
     broken = sum(np.count_nonzero(~np.isfinite(slab)) for slab in _slabs(voxels))
     if broken:
         raise IntensityError(
@@ -83,8 +84,12 @@ def load_image(source: Source) -> Volume:
     return _volume(source, voxels, affine)
 
 
-def load_grid(source: Source) -> Grid:
+def load_grid(source: Source, *, channels: int = 1) -> Grid:
     """Where the voxels of a file or a DICOM series lie, from headers alone.
+
+    Args:
+        source: see `load_image`.
+        channels: see `load_image`.
 
     Raises:
         FileError: missing, unreadable, of an unknown kind, or not one 3D volume.
@@ -96,8 +101,8 @@ def load_grid(source: Source) -> Grid:
 
         (x, y, z), affine = series_grid(found)
     else:
-        layout, affine = _header(Path(found))
-        x, y, z = layout.shape
+        layout, affine = _header(Path(found), channels)
+        x, y, z = layout.shape[:3]
     try:
         return (x, y, z), valid_affine(affine)
     except GeometryError as error:
@@ -121,7 +126,7 @@ def load_labels(source: Source) -> Volume:
     if isinstance(source, Series) or _is_dicom(Path(source)):
         raise FileError(f"{source}: labels are not read from DICOM; convert them to one of {', '.join(FORMATS)}.")
     path = Path(source)
-    data, affine = _read(path, None)
+    data, affine = _read(path, None, 1)
     low, high = data.min(), data.max()
     if not (low >= 0 and high <= LARGEST_LABEL):  # NaN fails both
         raise LabelError(f"{path}: labels must be whole numbers in 0..{LARGEST_LABEL}, got values {low}..{high}.")
@@ -219,20 +224,17 @@ def _mode(path: Path) -> int:
         raise FileError(f"{path}: cannot be found ({reason}); give a volume file.") from error
 
 
-def _header(path: Path) -> tuple[Layout, Affine]:
-    """The layout of the single 3D array of real numbers in a file, and its affine."""
+def _header(path: Path, channels: int) -> tuple[Layout, Affine]:
+    """The layout of an array (X, Y, Z) of real numbers, of several channels (X, Y, Z, C), and its affine."""
     mode = _mode(path)
     if not stat.S_ISREG(mode):
         what = "a folder" if stat.S_ISDIR(mode) else "no regular file"
         raise FileError(f"{path}: {what}, though its name is that of a volume file; give a file, or rename it.")
     layout, affine = FORMATS[_suffix(path)].header(path)
-    shape = layout.shape
-    while len(shape) > 3 and shape[-1] == 1:
-        shape = shape[:-1]
-    if len(shape) != 3 or min(shape) < 1:
-        raise FileError(
-            f"{path}: wanted one 3D volume, got shape {layout.shape}; split or stack it into 3D files first."
-        )
+    shape = (*layout.shape[:3], *(size for size in layout.shape[3:] if size != 1))
+    if len(shape) < 3 or shape[3:] != ((channels,) if channels > 1 else ()) or min(shape) < 1:
+        wanted = "one 3D volume" if channels == 1 else f"{channels} 3D volumes"
+        raise FileError(f"{path}: wanted {wanted}, got shape {layout.shape}; split or stack it into 3D files first.")
     if layout.dtype.kind not in "fiu":
         raise FileError(
             f"{path}: wanted one real number for each voxel, got {layout.dtype}; convert it to grey values."
@@ -240,8 +242,8 @@ def _header(path: Path) -> tuple[Layout, Affine]:
     return replace(layout, shape=shape), affine
 
 
-def _read(path: Path, dtype: type[np.float32] | None) -> tuple[NDArray[Any], Affine]:
-    layout, affine = _header(path)
+def _read(path: Path, dtype: type[np.float32] | None, channels: int) -> tuple[NDArray[Any], Affine]:
+    layout, affine = _header(path, channels)
     return read_voxels(path, layout, dtype), affine
 
 
@@ -259,7 +261,7 @@ def _remove(path: Path) -> None:
 
 def _volume(source: Source, voxels: NDArray[Any], affine: Affine) -> Volume:
     try:
-        return Volume(voxels[None], affine)
+        return Volume(voxels[None] if voxels.ndim == 3 else np.moveaxis(voxels, -1, 0), affine)
     except GeometryError as error:
         raise GeometryError(f"{source}: {error}") from error
 

@@ -167,7 +167,7 @@ def save_labels(path: Path, labels: Volume) -> None:
     if write is None:
         kinds = ", ".join(kind for kind, row in FORMATS.items() if row.write)
         raise FileError(f"{path}: files ending in {suffix} are only read; save labels as one of {kinds}.")
-    partial = path.with_name(f".{uuid4().hex}{suffix}")  # of a length of its own: the file's may be all that fits
+    partial = path.with_name(f".{path.name[:40]}.{uuid4().hex}{suffix}")  # shorter than the longest name that fits
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(partial, labels.data[0].astype(_smallest_dtype(high), copy=False), labels.affine)

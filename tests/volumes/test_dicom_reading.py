@@ -237,6 +237,20 @@ def test_what_is_no_image_is_passed_over(tmp_path: Path) -> None:
     agree(tmp_path, *as_read(stored - 1024.0, affine))
 
 
+@pytest.mark.parametrize("left", [0, 1, 100])
+def test_a_file_of_which_nothing_is_left_is_told(tmp_path: Path, left: int, caplog: pytest.LogCaptureFixture) -> None:
+    """The last slice: no gap would show that it is missing."""
+    stored, affine = stored_values(), ORIENTATIONS["axial"]
+    write_series(tmp_path, stored, affine)
+    last = tmp_path / only_series(tmp_path).members[-1]
+    last.write_bytes(last.read_bytes()[:left])
+    with caplog.at_level(logging.WARNING, "ptq3d"):
+        only_series(tmp_path)
+    assert [record.message for record in caplog.records] == [
+        f"{last} is empty (1 such files): if it is a slice, copy it again."
+    ]
+
+
 def test_links_lead_to_each_file_once(tmp_path: Path) -> None:
     stored, affine = stored_values(), ORIENTATIONS["axial"]
     write_series(tmp_path / "a" / "series", stored, affine)

@@ -75,8 +75,8 @@ def only_series(place: Path, wanted: str | None = None) -> Series:
 
     Args:
         place: as for `find_series`.
-        wanted: its SeriesInstanceUID, its SeriesNumber, the end of its SeriesInstanceUID (6 characters or more), or a part of its description
-            (tried in this order), None where there is only one.
+        wanted: its SeriesInstanceUID, its SeriesNumber, the end of its SeriesInstanceUID (6 characters or more), or a
+            part of its description (tried in this order); None where there is only one.
 
     Raises:
         FileError: as `find_series`; or none or several fit, or there are several patients and nothing is asked for: the

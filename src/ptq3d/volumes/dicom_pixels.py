@@ -26,7 +26,13 @@ START_OF_IMAGE, START_OF_SCAN, JFIF = 0xFFD8, 0xFFDA, 0xFFE0
 START_OF_FRAME = (0xFFC0, 0xFFC1, 0xFFC2, 0xFFC3)
 SEGMENTS = {*START_OF_FRAME, START_OF_SCAN, 0xFFC4, 0xFFCC, 0xFFDB, 0xFFDD, *range(0xFFE0, 0xFFF0), 0xFFFE}
 """What may stand between: tables, restart interval, application data, comment."""
-PLUGINS = {"1.2.840.10008.1.2.4.80": "pyjpegls", "1.2.840.10008.1.2.4.81": "pyjpegls"}
+PLUGINS = {
+    "1.2.840.10008.1.2.4.50": "pillow",  # JPEG baseline
+    "1.2.840.10008.1.2.4.80": "pyjpegls",  # JPEG-LS, lossless and near
+    "1.2.840.10008.1.2.4.81": "pyjpegls",
+    "1.2.840.10008.1.2.4.90": "pillow",  # JPEG 2000, lossless and not
+    "1.2.840.10008.1.2.4.91": "pillow",
+}
 """Decoders that refuse broken streams where GDCM, which pydicom asks first, may end the process."""
 LARGEST_COMPRESSION = 4096  # of a series' frames to its files: air alone compresses to about a thousandth
 
@@ -147,19 +153,19 @@ def _require_jpeg_headers(dataset: Dataset) -> None:
 
     count = int(dataset.get("NumberOfFrames") or 1)
     for frame in generate_frames(dataset.PixelData, number_of_frames=count):
-        size = _jpeg_size(frame)
-        if size != (dataset.Rows, dataset.Columns, 1):
-            raise ValueError(f"its JPEG stream has rows, columns and colours {size}")
+        bits, *size = _jpeg_size(frame)
+        if size != [dataset.Rows, dataset.Columns, 1] or not 2 <= bits <= dataset.BitsAllocated:
+            raise ValueError(f"its JPEG stream has rows, columns and colours {size} of {bits} bits")
 
 
-def _jpeg_size(stream: bytes) -> tuple[int, int, int]:
-    """Rows, columns and colours of a JPEG stream whose header is whole up to its first scan.
+def _jpeg_size(stream: bytes) -> tuple[int, int, int, int]:
+    """Bits, rows, columns and colours of a JPEG stream whose header is whole up to its first scan.
 
     Raises:
         ValueError: it is not.
         struct.error: it ends before.
     """
-    size = (0, 0, 0)
+    size = (0, 0, 0, 0)
     place = 2
     marker = struct.unpack_from(">H", stream)[0]
     if marker != START_OF_IMAGE:
@@ -170,6 +176,6 @@ def _jpeg_size(stream: bytes) -> tuple[int, int, int]:
         if marker not in SEGMENTS or length < 2 or odd_jfif:
             raise ValueError(f"its JPEG stream has a broken header at byte {place}")
         if marker in START_OF_FRAME:
-            size = struct.unpack_from(">HHB", stream, place + 5)
+            size = struct.unpack_from(">BHHB", stream, place + 4)
         place += 2 + length
     return size

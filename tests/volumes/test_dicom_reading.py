@@ -96,6 +96,21 @@ def test_compressed_series(tmp_path: Path, packing: str, dtype: type) -> None:
     agree_with_itk(tmp_path)
 
 
+@pytest.mark.parametrize("packing", PACKED)
+@pytest.mark.parametrize("dtype", [np.int16, np.uint16])
+def test_compressed_series_of_twelve_bits(tmp_path: Path, packing: str, dtype: type) -> None:
+    """As most scanners store: 12 of 16 bits, signed or not."""
+    stored = np.clip(stored_values((72, 65, 3), dtype), -2048 if dtype == np.int16 else 0, 2047)
+    write_series(tmp_path, stored, ORIENTATIONS["axial"], change=twelve_bits)
+    recompress(tmp_path, PACKED[packing])
+    agree(tmp_path, *as_read(stored.astype(np.float64) - 1024, ORIENTATIONS["axial"]))
+    agree_with_itk(tmp_path)
+
+
+def twelve_bits(header: Dataset, index: int) -> None:
+    header.BitsStored, header.HighBit = 12, 11
+
+
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(
     affine=affines(),
@@ -139,11 +154,7 @@ def test_values_without_a_rescale_are_as_stored(tmp_path: Path) -> None:
 def test_bits_beyond_those_stored_do_not_count(tmp_path: Path) -> None:
     """Twelve of sixteen bits, with an overlay's bits above them: as old scanners stored."""
     stored, affine = stored_values(dtype=np.uint16), ORIENTATIONS["axial"]
-
-    def change(header: Dataset, index: int) -> None:
-        header.BitsStored, header.HighBit = 12, 11
-
-    write_series(tmp_path, stored | 0x4000, affine, change=change)
+    write_series(tmp_path, stored | 0x4000, affine, change=twelve_bits)
     agree(tmp_path, *as_read(stored - 1024.0, affine))
 
 
@@ -235,6 +246,20 @@ def test_what_is_no_image_is_passed_over(tmp_path: Path) -> None:
         report.save_as(tmp_path / name)
     os.mkfifo(tmp_path / "pipe")
     agree(tmp_path, *as_read(stored - 1024.0, affine))
+
+
+@pytest.mark.parametrize("left", [0, 1, 100])
+def test_a_file_of_which_nothing_is_left_is_told(tmp_path: Path, left: int, caplog: pytest.LogCaptureFixture) -> None:
+    """The last slice: no gap would show that it is missing."""
+    stored, affine = stored_values(), ORIENTATIONS["axial"]
+    write_series(tmp_path, stored, affine)
+    last = tmp_path / only_series(tmp_path).members[-1]
+    last.write_bytes(last.read_bytes()[:left])
+    with caplog.at_level(logging.WARNING, "ptq3d"):
+        only_series(tmp_path)
+    assert [record.message for record in caplog.records] == [
+        f"{last} is empty (1 such files): if it is a slice, copy it again."
+    ]
 
 
 def test_links_lead_to_each_file_once(tmp_path: Path) -> None:

@@ -137,6 +137,14 @@ def huge_compressed(folder: Path) -> None:
     edit(folder, lambda header, index: [setattr(header, key, 65535) for key in ("Rows", "Columns")])
 
 
+def broken_header(folder: Path) -> None:
+    """A marker of the JPEG stream is no marker: libjpeg would warn, and GDCM end the process."""
+    write_series(folder, stored_values((72, 65, 3)), AXIAL)
+    recompress(folder, PACKED["JPEG lossless SV1"])
+    path = folder / "IM0001"
+    path.write_bytes(path.read_bytes().replace(b"\xff\xc4", b"\x01\xc4", 1))
+
+
 def broken_stream(folder: Path) -> None:
     write_series(folder, stored_values((72, 65, 3)), AXIAL)
     recompress(folder, PACKED["JPEG-LS"])
@@ -233,6 +241,7 @@ BROKEN: dict[str, tuple[str, Callable[[Path], object], type[InputError], str]] =
     "huge": ("a", huge, FileError, "65535 rows of 65535 pixels"),
     "huge and compressed": ("a", huge_compressed, FileError, "exhaust the memory"),
     "broken stream": ("a", broken_stream, FileError, "IM0001 cannot be read"),
+    "broken JPEG header": ("a", broken_header, FileError, "IM0001 cannot be read.*broken header at byte 15"),
     "frames without places": ("a", cine, FileError, "3 frames but does not say where"),
     "unknown transfer syntax": ("a", other_syntax("1.2.840.10008.9.9.9"), FileError, "1.2.840.10008.9.9.9"),
     "video": ("a", other_syntax("1.2.840.10008.1.2.5."[:19]), FileError, "IM0004"),
@@ -267,7 +276,7 @@ def test_a_broken_series_gives_one_sentence_that_names_it(tmp_path: Path, case: 
 
 @pytest.mark.parametrize("wanted", ["9", "lung", "", "1.2.3"])
 def test_a_series_that_is_not_there_lists_those_that_are(tmp_path: Path, wanted: str) -> None:
-    series(tmp_path)
+    series(tmp_path, lambda header, index: setattr(header, "SeriesInstanceUID", "1.2.826.0.1.3680043.8.9"))
     with pytest.raises(FileError, match=r"--series among: 3 CT Abdomen portal \(6 slices"):
         only_series(tmp_path, wanted)
 

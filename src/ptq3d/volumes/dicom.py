@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq3d.errors import FileError, InputError
-from ptq3d.volumes.dicom_files import DIRECTORY, Files, read_header, reading, require_pydicom
+from ptq3d.volumes.dicom_files import DIRECTORY, PREAMBLE, Files, read_header, reading, require_pydicom
 from ptq3d.volumes.dicom_geometry import KEYWORDS, Slice, Stack, slices_of, stacked
 from ptq3d.volumes.dicom_pixels import require_decoders, require_room, voxels
 from ptq3d.volumes.source import Series
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("ptq3d")
 
 TOLD_TILT_DEGREES = 0.1
+EMPTY = "empty"
+SHORTEST_END = 6  # of a UID: a number with fewer digits that no series has would end some UID by chance
 IMAGE = "Image Storage"  # what the names of all SOP classes of images hold
 
 
@@ -73,8 +75,8 @@ def only_series(place: Path, wanted: str | None = None) -> Series:
 
     Args:
         place: as for `find_series`.
-        wanted: its SeriesInstanceUID, its SeriesNumber, the end of its SeriesInstanceUID, or a part of its description
-            (tried in this order), None where there is only one.
+        wanted: its SeriesInstanceUID, its SeriesNumber, the end of its SeriesInstanceUID (6 characters or more), or a
+            part of its description (tried in this order); None where there is only one.
 
     Raises:
         FileError: as `find_series`; or none or several fit, or there are several patients and nothing is asked for: the
@@ -152,25 +154,39 @@ def series_stack(series: Series) -> Stack:
 def _find(place: Path) -> list[_Found]:
     require_pydicom()
     groups: dict[tuple[str, str], list[_File]] = {}
+    passed: dict[str, str] = {}
     with Files(place) as files:
-        names = files.names()
-        passed: set[str] = set()
-        for name in names:
+        for name in files.names():
             header = read_header(files, name, KEYWORDS)
-            with reading(files.called(name)):
-                reason = "no DICOM" if header is None else _passed_over(header, files.called(name))
+            where = files.called(name)
+            with reading(where):
+                reason = _no_dicom(files, name) if header is None else _passed_over(header, where)
                 if header is not None and reason is None:
                     key = (str(header.get("PatientID") or ""), str(header.get("SeriesInstanceUID") or ""))
                     groups.setdefault(key, []).append(_File(name, header))
             if reason is not None:
-                passed.add(reason)
+                passed[where] = reason
     if not groups:
         raise FileError(
-            f"{place} holds no DICOM images ({len(names)} files{': ' if passed else ''}{', '.join(sorted(passed))}); "
+            f"{place} holds no DICOM images ({len(passed)} files{': ' * bool(passed)}{_kinds(passed)}); "
             "name a folder, .zip or file with the images of a series."
         )
+    short = [where for where, reason in passed.items() if reason == EMPTY]
+    if short:
+        log.warning("%s is empty (%d such files): if it is a slice, copy it again.", short[0], len(short))
     found = [_found(place, key, group) for key, group in groups.items()]
     return sorted(found, key=lambda one: (one.patient, one.number.zfill(12), one.series.uid))
+
+
+def _kinds(passed: dict[str, str]) -> str:
+    return ", ".join(sorted(set(passed.values())))
+
+
+def _no_dicom(files: Files, name: str) -> str:
+    """Why a file is not DICOM: a failed copy leaves nothing, or some zeros of its preamble."""
+    with files.open(name) as file:
+        start = file.read(PREAMBLE)
+    return EMPTY if len(start) < PREAMBLE and not any(start) else "no DICOM"
 
 
 def _passed_over(header: Header, where: str) -> str | None:
@@ -196,7 +212,8 @@ def _found(place: Path, key: tuple[str, str], group: list[_File]) -> _Found:
     header = ordered[0].header
     number, text = (_plain(header, keyword) for keyword in ("SeriesNumber", "SeriesDescription"))
     description = " ".join(part for part in (number, _plain(header, "Modality"), text) if part)
-    slices = sum(max(1, len(file.header.get("PerFrameFunctionalGroupsSequence") or ())) for file in group)
+    with reading(str(place)):
+        slices = sum(max(1, len(file.header.get("PerFrameFunctionalGroupsSequence") or ())) for file in group)
     series = Series(place, uid, tuple(file.name for file in ordered), description)
     return _Found(series, patient, number, text, slices)
 
@@ -226,7 +243,7 @@ def _fitting(found: list[_Found], wanted: str) -> list[_Found]:
     ways: tuple[Callable[[_Found], bool], ...] = (
         lambda one: one.series.uid == wanted,
         lambda one: one.number == wanted,
-        lambda one: one.series.uid.endswith(wanted),
+        lambda one: len(wanted) >= SHORTEST_END and one.series.uid.endswith(wanted),
         lambda one: wanted.lower() in one.text.lower(),
     )
     fits = ([one for one in found if way(one)] for way in ways) if wanted else iter(())

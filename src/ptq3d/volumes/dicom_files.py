@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 LARGEST_BYTES = 1 << 36  # 64 GiB: more is no study
 SMALL_BYTES = 1 << 30
 LARGEST_RATIO = 100  # of all members to the archive: CT compresses to a half or third, air to a thousandth
+PREAMBLE = 132  # bytes, with the magic at its end
 MAGIC = b"DICM"
 FIRST_GROUPS = (b"\x02\x00", b"\x08\x00")  # what a file without preamble starts with: file meta, or identification
 DIRECTORY = "1.2.840.10008.1.3.10"  # the SOP class of a DICOMDIR
@@ -88,7 +89,7 @@ class Files:
             FileError: a subfolder cannot be read.
         """
         if self._archive is not None:
-            return sorted(member.filename for member in self._archive.infolist() if not member.is_dir())
+            return sorted(member.filename for member in self._archive.infolist() if not member.filename.endswith("/"))
         return _files_below(self.place) if self.place.is_dir() else [""]
 
     def open(self, name: str) -> IO[bytes]:
@@ -115,31 +116,24 @@ def is_zip(place: Path) -> bool:
 
 def starts_like_dicom(start: bytes) -> bool:
     """Whether a file with these first 132 bytes is DICOM, with its preamble or (as old exports are) without it."""
-    return start[128:132] == MAGIC or start[:2] in FIRST_GROUPS
-
-
-def is_dicom(path: Path) -> bool:
-    """Whether a file starts as DICOM does; False where it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return starts_like_dicom(file.read(132))
-    except OSError:
-        return False
+    return start[PREAMBLE - 4 : PREAMBLE] == MAGIC or start[:2] in FIRST_GROUPS
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep what pydicom and highdicom say about headers of other makers' devices from users, who cannot mend them."""
-    logger = logging.getLogger("pydicom")
-    level = logger.level
+    loggers = [logging.getLogger(name) for name in ("pydicom", "highdicom")]
+    levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         warnings.simplefilter("ignore", DeprecationWarning)  # of the bindings of its decoders
-        logger.setLevel(logging.CRITICAL + 1)
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL + 1)
         try:
             yield
         finally:
-            logger.setLevel(level)
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
 @contextmanager
@@ -186,7 +180,7 @@ def read_header(files: Files, name: str, keywords: tuple[str, ...] | None = None
     import pydicom
 
     with reading(files.called(name)), files.open(name) as file:
-        if not starts_like_dicom(file.read(132)):
+        if not starts_like_dicom(file.read(PREAMBLE)):
             return None
         file.seek(0)
         wanted = None if keywords is None else list(keywords)

@@ -71,13 +71,13 @@ TELLING = (
 """By what slices at one place usually differ."""
 
 GROUPS = {
-    "ImagePositionPatient": "PlanePositionSequence",
-    "ImageOrientationPatient": "PlaneOrientationSequence",
-    "PixelSpacing": "PixelMeasuresSequence",
-    "RescaleSlope": "PixelValueTransformationSequence",
-    "RescaleIntercept": "PixelValueTransformationSequence",
+    "ImagePositionPatient": ("PlanePositionSequence", 3),
+    "ImageOrientationPatient": ("PlaneOrientationSequence", 6),
+    "PixelSpacing": ("PixelMeasuresSequence", 2),
+    "RescaleSlope": ("PixelValueTransformationSequence", 1),
+    "RescaleIntercept": ("PixelValueTransformationSequence", 1),
 }
-"""The functional group that holds an attribute in a multi-frame file."""
+"""The functional group that holds an attribute in a multi-frame file, and how many numbers it has."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,20 +174,20 @@ def _require_grey(header: Header, where: str) -> None:
 
 
 def _slice(header: Header, where: str, member: str, frame: int) -> Slice:
-    orientation = _of_frame(header, "ImageOrientationPatient", 6, where, frame).reshape(2, 3)
+    orientation = _of_frame(header, frame, "ImageOrientationPatient", where).reshape(2, 3)
     if not np.allclose(orientation @ orientation.T, np.eye(2), atol=2 * ROUNDED_COSINE):
         raise GeometryError(
             f"{where}: ImageOrientationPatient {orientation.ravel().tolist()} is not two directions at right angles; "
             "mend the header."
         )
-    rows, columns = _of_frame(header, "PixelSpacing", 2, where, frame)
+    rows, columns = _of_frame(header, frame, "PixelSpacing", where)
     if not (rows > 0 and columns > 0):
         raise GeometryError(f"{where}: PixelSpacing must be above zero, got {[rows, columns]} mm; mend the header.")
-    slope = _of_frame(header, "RescaleSlope", 1, where, frame, default=1.0)[0]
-    intercept = _of_frame(header, "RescaleIntercept", 1, where, frame, default=0.0)[0]
+    slope = _of_frame(header, frame, "RescaleSlope", where, default=1.0)[0]
+    intercept = _of_frame(header, frame, "RescaleIntercept", where, default=0.0)[0]
     if slope == 0:
         raise FileError(f"{where}: RescaleSlope is 0, so all values are the same; mend the header.")
-    position = _of_frame(header, "ImagePositionPatient", 3, where, frame)
+    position = _of_frame(header, frame, "ImagePositionPatient", where)
     spacing = np.array([columns, rows])
     return Slice(header, where, member, frame, position, _orthonormal(orientation), spacing, slope, intercept)
 
@@ -201,24 +201,24 @@ def _orthonormal(orientation: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _of_frame(
-    header: Header, keyword: str, count: int, where: str, frame: int, default: float | None = None
+    header: Header, frame: int, keyword: str, where: str, default: float | None = None
 ) -> NDArray[np.float64]:
     """The numbers of an attribute: of the file, or of the frame's functional groups."""
-    value = _find(header, keyword, frame)
+    value = _find(header, frame, keyword)
     if value is None or (not isinstance(value, (int, float)) and len(value) == 0):
         if default is not None:
             return np.array([default])
         raise FileError(
             f"{where} has no {keyword}, so nobody knows where it lies; export the series with its geometry."
         )
-    return _numbers(value, count, f"{where}: {keyword}")
+    return _numbers(value, GROUPS[keyword][1], f"{where}: {keyword}")
 
 
-def _find(header: Header, keyword: str, frame: int) -> Any:
+def _find(header: Header, frame: int, keyword: str) -> Any:
     if "PerFrameFunctionalGroupsSequence" not in header:
         return header.get(keyword)
     places = [header.PerFrameFunctionalGroupsSequence[frame], *header.get("SharedFunctionalGroupsSequence", [])[:1]]
-    items = [item for place in places for item in place.get(GROUPS[keyword], [])[:1]]
+    items = [item for place in places for item in place.get(GROUPS[keyword][0], [])[:1]]
     return next((item.get(keyword) for item in items if item.get(keyword) is not None), None)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from typing import IO, TYPE_CHECKING, Any, TypeAlias, cast
 
@@ -13,12 +14,26 @@ from ptq3d.volumes.dicom_files import Files, quiet, reading
 from ptq3d.volumes.dicom_geometry import Slice, Stack
 
 if TYPE_CHECKING:
+    from pydicom import Dataset
     from pydicom.uid import UID
 
     from ptq3d.volumes.dicom_files import Header
 
 Frames: TypeAlias = Iterator[NDArray[Any]]
 
+JPEG = ("1.2.840.10008.1.2.4.5", "1.2.840.10008.1.2.4.70")  # baseline, extended and lossless
+START_OF_IMAGE, START_OF_SCAN, JFIF = 0xFFD8, 0xFFDA, 0xFFE0
+START_OF_FRAME = (0xFFC0, 0xFFC1, 0xFFC2, 0xFFC3)
+SEGMENTS = {*START_OF_FRAME, START_OF_SCAN, 0xFFC4, 0xFFCC, 0xFFDB, 0xFFDD, *range(0xFFE0, 0xFFF0), 0xFFFE}
+"""What may stand between: tables, restart interval, application data, comment."""
+PLUGINS = {
+    "1.2.840.10008.1.2.4.50": "pillow",  # JPEG baseline
+    "1.2.840.10008.1.2.4.80": "pyjpegls",  # JPEG-LS, lossless and near
+    "1.2.840.10008.1.2.4.81": "pyjpegls",
+    "1.2.840.10008.1.2.4.90": "pillow",  # JPEG 2000, lossless and not
+    "1.2.840.10008.1.2.4.91": "pillow",
+}
+"""Decoders that refuse broken streams where GDCM, which pydicom asks first, may end the process."""
 LARGEST_COMPRESSION = 4096  # of a series' frames to its files: air alone compresses to about a thousandth
 
 
@@ -123,6 +138,44 @@ def _frames(file: IO[bytes], header: Header) -> Frames:
     from pydicom.pixels import iter_pixels
 
     syntax = transfer_syntax(header)
-    if syntax.is_deflated:  # its frames have no place in the file
-        return cast(Frames, iter_pixels(pydicom.dcmread(file, force=True), raw=True))
-    return cast(Frames, iter_pixels(file, raw=True, transfer_syntax_uid=syntax))
+    if not (syntax.is_encapsulated or syntax.is_deflated):
+        return cast(Frames, iter_pixels(file, raw=True, transfer_syntax_uid=syntax))
+    dataset = pydicom.dcmread(file, force=True)
+    if syntax.startswith(JPEG):
+        _require_jpeg_headers(dataset)
+    plugin = PLUGINS.get(syntax, "")
+    return cast(Frames, iter_pixels(dataset, raw=True, decoding_plugin=plugin))
+
+
+def _require_jpeg_headers(dataset: Dataset) -> None:
+    """GDCM ends the whole process where libjpeg so much as warns of a header: look at all of them first."""
+    from pydicom.encaps import generate_frames
+
+    count = int(dataset.get("NumberOfFrames") or 1)
+    for frame in generate_frames(dataset.PixelData, number_of_frames=count):
+        bits, *size = _jpeg_size(frame)
+        if size != [dataset.Rows, dataset.Columns, 1] or not 2 <= bits <= dataset.BitsAllocated:
+            raise ValueError(f"its JPEG stream has rows, columns and colours {size} of {bits} bits")
+
+
+def _jpeg_size(stream: bytes) -> tuple[int, int, int, int]:
+    """Bits, rows, columns and colours of a JPEG stream whose header is whole up to its first scan.
+
+    Raises:
+        ValueError: it is not.
+        struct.error: it ends before.
+    """
+    size = (0, 0, 0, 0)
+    place = 2
+    marker = struct.unpack_from(">H", stream)[0]
+    if marker != START_OF_IMAGE:
+        raise ValueError("its JPEG stream has no start")
+    while marker != START_OF_SCAN:
+        marker, length = struct.unpack_from(">HH", stream, place)
+        odd_jfif = marker == JFIF and stream[place + 4 : place + 8] == b"JFIF" and stream[place + 9] != 1
+        if marker not in SEGMENTS or length < 2 or odd_jfif:
+            raise ValueError(f"its JPEG stream has a broken header at byte {place}")
+        if marker in START_OF_FRAME:
+            size = struct.unpack_from(">BHHB", stream, place + 4)
+        place += 2 + length
+    return size

@@ -18,6 +18,7 @@ from ptq3d.errors import FileError, line_of
 Encoding: TypeAlias = Literal["raw", "gzip", "zlib"]
 
 PIECE_BYTES = 4 << 20  # fits the caches of most machines, and any number of voxels fills it evenly
+ENCODED_BYTES = 1 << 20
 DEFLATE_RATIO = 1040  # deflate makes at most 1032 bytes of one
 GZIP_MAGIC = b"\x1f\x8b"
 
@@ -176,21 +177,32 @@ def _whole_items(pieces: Iterable[bytes], skip: int, item: int) -> Iterator[memo
 
 def _pieces(file: BinaryIO, encoding: Encoding) -> Iterator[bytes]:
     """What a file holds from here to its end, decoded."""
-    if encoding == "zlib":
+    if encoding != "raw":
         yield from _inflated(file)
         return
-    stream = gzip.GzipFile(fileobj=file) if encoding == "gzip" else file
-    while piece := stream.read(PIECE_BYTES):
+    while piece := file.read(PIECE_BYTES):
         yield piece
 
 
 def _inflated(file: BinaryIO) -> Iterator[bytes]:
-    """The stream of zlib, or of gzip, which begins here, and what follows it."""
-    decoder = zlib.decompressobj(zlib.MAX_WBITS | 32)
-    while not decoder.eof:
-        encoded = decoder.unconsumed_tail or file.read(PIECE_BYTES)
-        if not encoded:
-            raise EOFError("compressed data ended before its end marker was reached")
-        yield decoder.decompress(encoded, PIECE_BYTES)
-    yield decoder.unused_data
-    yield from _pieces(file, "raw")
+    """The streams of gzip or zlib that follow each other to the end of a file; zlib checks their sums.
+
+    Python's gzip module gives the same, but reads 8 KB at a time, which took a third longer.
+    """
+    encoded = file.read(ENCODED_BYTES)
+    while encoded:
+        decoder = zlib.decompressobj(zlib.MAX_WBITS | 32)
+        while not decoder.eof:
+            if not encoded:
+                raise EOFError("compressed data ended before its end marker was reached")
+            yield decoder.decompress(encoded, PIECE_BYTES)
+            encoded = decoder.unconsumed_tail or file.read(ENCODED_BYTES)
+        encoded = _padded(decoder.unused_data + encoded, file)
+
+
+def _padded(encoded: bytes, file: BinaryIO) -> bytes:
+    """What follows zeros, as tapes and block devices leave them."""
+    while not (rest := encoded.lstrip(b"\0")):
+        if not (encoded := file.read(ENCODED_BYTES)):
+            return b""
+    return rest

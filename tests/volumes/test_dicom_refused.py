@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import shutil
 import struct
 import subprocess
 import sys
+import threading
+import time
+import warnings
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +25,7 @@ from pydicom.uid import generate_uid
 from dicoms import ORIENTATIONS, PACKED, edit, recompress, stored_values, write_series
 from ptq3d.errors import FileError, GeometryError, InputError, UnavailableError
 from ptq3d.volumes.dicom import find_series, only_series, read_series, series_grid
+from ptq3d.volumes.dicom_files import quiet
 
 AXIAL = ORIENTATIONS["axial"]
 
@@ -356,3 +362,24 @@ print(read_series(only_series(Path({str(tmp_path)!r})))[0].sum())
     done = subprocess.run([sys.executable, "-W", "default", "-c", code], capture_output=True, text=True, check=True)
     assert float(done.stdout) == np.float32((stored_values((7, 6, 6)).astype(np.float64) - 1024).sum())
     assert done.stderr == ""
+
+
+def test_threads_leave_warnings_and_loggers_as_they_were() -> None:
+    """One thread reads the next series while another writes the last result."""
+    filters, level = list(warnings.filters), logging.getLogger("pydicom").level
+    barrier = threading.Barrier(4)
+
+    def silent(wait: float) -> None:
+        barrier.wait()
+        for _ in range(50):
+            with quiet():
+                time.sleep(wait)
+                warnings.warn("of a header", UserWarning, stacklevel=1)
+
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(silent, wait) for wait in (0, 1e-4, 2e-4, 3e-4)]:
+            done.result()
+    assert warnings.filters == filters
+    assert logging.getLogger("pydicom").level == level
+    with pytest.warns(UserWarning, match="of a header"):
+        warnings.warn("of a header", UserWarning, stacklevel=1)

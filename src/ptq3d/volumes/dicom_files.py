@@ -6,11 +6,12 @@ import logging
 import os
 import re
 import struct
+import threading
 import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from io import BytesIO
 from pathlib import Path, PureWindowsPath
 from typing import IO, TYPE_CHECKING, TypeAlias
@@ -119,21 +120,38 @@ def starts_like_dicom(start: bytes) -> bool:
     return start[PREAMBLE - 4 : PREAMBLE] == MAGIC or start[:2] in FIRST_GROUPS
 
 
+class _Silence:
+    """Warnings and log levels are the process's: the first thread that comes silences them, the last gives them back."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._undo = threading.Lock(), 0, ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._undo.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore", UserWarning)
+                warnings.simplefilter("ignore", DeprecationWarning)  # of the bindings of its decoders
+                for logger in map(logging.getLogger, ("pydicom", "highdicom")):
+                    self._undo.callback(logger.setLevel, logger.level)
+                    logger.setLevel(logging.CRITICAL + 1)
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._undo.close()
+
+
+SILENCE = _Silence()
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep what pydicom and highdicom say about headers of other makers' devices from users, who cannot mend them."""
-    loggers = [logging.getLogger(name) for name in ("pydicom", "highdicom")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        warnings.simplefilter("ignore", DeprecationWarning)  # of the bindings of its decoders
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL + 1)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+    with SILENCE:
+        yield
 
 
 @contextmanager

@@ -84,4 +84,10 @@ class UnavailableError(InputError):
 
 def line_of(error: Exception, number: int = 0) -> str:
     """One line of a message: the first says what, the last (-1) why where TorchScript prints its trace before it."""
-    return (str(error).strip() or type(error).__name__).splitlines()[number]
+    return clipped((str(error).strip() or type(error).__name__).splitlines()[number])
+
+
+def clipped(value: object, longest: int = 200) -> str:
+    """What a file says, fit for a message: on one line, not longer than this, and of letters that a terminal can show."""
+    text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(value)[: longest + 1])
+    return text if len(text) <= longest else f"{text[:longest]}..."

@@ -12,7 +12,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from io import BytesIO
+from io import BufferedReader, BytesIO, FileIO
 from pathlib import Path, PureWindowsPath
 from typing import IO, TYPE_CHECKING, TypeAlias
 
@@ -95,7 +95,7 @@ class Files:
 
     def open(self, name: str) -> IO[bytes]:
         """A file from its start; use it within `reading`."""
-        return (self.place / name).open("rb") if self._archive is None else self._archive.open(name)
+        return _Bounded(FileIO(self.place / name)) if self._archive is None else self._archive.open(name)
 
     def open_whole(self, name: str) -> IO[bytes]:
         """As `open`, but a member of an archive is unpacked into memory and held against its checksum."""
@@ -108,6 +108,14 @@ class Files:
     def called(self, name: str) -> str:
         """How an error names a file."""
         return str(self.place / name) if self._archive is None else f"{self.place}: member '{name}'"
+
+
+class _Bounded(BufferedReader):
+    """A file of which no more can be asked for than it holds: a length in a broken header would fill the memory."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        left = os.fstat(self.fileno()).st_size - self.tell()
+        return super().read(left if size is None or size < 0 else min(size, max(left, 0)))
 
 
 def is_zip(place: Path) -> bool:

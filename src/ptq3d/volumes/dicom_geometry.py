@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq3d.errors import FileError, GeometryError
+from ptq3d.errors import FileError, GeometryError, clipped
 from ptq3d.volumes.volume import SAME_GRID_VOXELS, Affine, Grid, valid_affine
 
 if TYPE_CHECKING:
@@ -162,14 +162,16 @@ def _require_grey(header: Header, where: str) -> None:
     colours = header.get("PhotometricInterpretation", "MONOCHROME2")
     samples = header.get("SamplesPerPixel", 1)
     if samples != 1 or not str(colours).startswith("MONOCHROME"):
-        raise FileError(f"{where} is a colour image ({samples} samples, {colours}); wanted grey values.")
+        raise FileError(
+            f"{where} is a colour image ({clipped(samples)} samples, {clipped(colours)}); wanted grey values."
+        )
     if header.get("ModalityLUTSequence"):
         raise FileError(f"{where} maps its values by a table (Modality LUT); export it with a rescale slope instead.")
     for keyword in ("Rows", "Columns"):
         value = header.get(keyword)
         if not isinstance(value, int) or value < 1:
             raise FileError(
-                f"{where} has {keyword} {value}, wanted at least 1; it is truncated or broken, copy it again."
+                f"{where} has {keyword} {clipped(value)}, wanted at least 1; it is truncated or broken, copy it again."
             )
 
 
@@ -226,9 +228,9 @@ def _numbers(value: Any, count: int, what: str) -> NDArray[np.float64]:
     try:
         numbers = np.atleast_1d(np.asarray(value, dtype=np.float64))
     except (ValueError, TypeError) as error:
-        raise FileError(f"{what} is {value!r}, wanted {count} numbers; mend the header.") from error
+        raise FileError(f"{what} is {clipped(value)}, wanted {count} numbers; mend the header.") from error
     if numbers.shape != (count,) or not np.isfinite(numbers).all():
-        raise FileError(f"{what} is {numbers.tolist()}, wanted {count} finite numbers; mend the header.")
+        raise FileError(f"{what} is {clipped(numbers.tolist())}, wanted {count} finite numbers; mend the header.")
     return numbers
 
 

@@ -95,7 +95,19 @@ def read_volume(path: Path) -> None:
             require_clear(path, error)
 
 
-READERS: Mapping[str, Callable[[Path], None]] = {"volume": read_volume}
+def read_dataset(path: Path) -> None:
+    """A data set as `ptq3d data check` reads it; what is wrong with a case is in its problems."""
+    from ptq3d.checking import case_facts
+    from ptq3d.datasets.layouts import open_dataset
+
+    found = open_dataset(path)
+    for case in found.cases:
+        for problem in case_facts(case, label_map=found.label_map).problems:
+            if "\n" in problem.text:
+                raise RuntimeError(f"unclear: {problem.text!r}")
+
+
+READERS: Mapping[str, Callable[[Path], None]] = {"volume": read_volume, "dataset": read_dataset}
 """How an entry is read. Open: raises InputError, or returns."""
 
 
@@ -267,6 +279,7 @@ def write(folder: Path, files: Files) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
 
 
@@ -308,9 +321,9 @@ def main() -> None:
         work()
         return
     counts, findings = fuzz(options)
-    print(f"{'format':14} {'inputs':>8} {'read':>8} {'refused':>8} {'findings':>8}")
+    print(f"{'format':20} {'inputs':>8} {'read':>8} {'refused':>8} {'findings':>8}")
     for name, count in counts.items():
-        print(f"{name:14} {count.total():8} {count['read']:8} {count['refused']:8} {count['findings']:8}")
+        print(f"{name:20} {count.total():8} {count['read']:8} {count['refused']:8} {count['findings']:8}")
     versions = {package: version(package) for package in ("numpy", "nibabel", "SimpleITK")}
     report = {"counts": counts, "findings": findings, "minutes": options.minutes, "seed": options.seed}
     report |= {"machine": {**machine(), **versions}, "command": sys.argv}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +90,86 @@ def dicom(folder: Path) -> None:
         slice_.save_as(folder / f"{index}.dcm", enforce_file_format=True)
 
 
+def packed(syntax: str) -> Callable[[Path], None]:
+    """The same series, compressed by GDCM in one of its transfer syntaxes."""
+
+    def write(folder: Path) -> None:
+        import gdcm
+
+        dicom(folder)
+        for path in folder.iterdir():
+            reader, change, writer = gdcm.ImageReader(), gdcm.ImageChangeTransferSyntax(), gdcm.ImageWriter()
+            reader.SetFileName(str(path))
+            reader.Read()
+            change.SetTransferSyntax(gdcm.TransferSyntax(getattr(gdcm.TransferSyntax, syntax)))
+            change.SetInput(reader.GetImage())
+            change.Change()
+            writer.SetFileName(str(path))
+            writer.SetFile(reader.GetFile())
+            writer.SetImage(change.GetOutput())
+            writer.Write()
+
+    return write
+
+
+def jpeg2000(folder: Path) -> None:
+    """The same series as JPEG 2000 by pillow: GDCM dies of images this small."""
+    from io import BytesIO
+
+    import pydicom
+    from PIL import Image
+    from pydicom.encaps import encapsulate
+    from pydicom.uid import JPEG2000Lossless
+
+    dicom(folder)
+    for path in folder.iterdir():
+        slice_, stream = pydicom.dcmread(path), BytesIO()
+        Image.fromarray(slice_.pixel_array.astype("u2")).save(stream, "JPEG2000", irreversible=False, no_jp2=True)
+        slice_.PixelRepresentation = 0
+        slice_.PixelData = encapsulate([stream.getvalue()])
+        slice_["PixelData"].is_undefined_length = True
+        slice_.file_meta.TransferSyntaxUID = JPEG2000Lossless
+        slice_.save_as(path)
+
+
+def listed(name: str, content: object, *volumes: str) -> Callable[[Path], None]:
+    """A data set of one list and small volumes beside it."""
+
+    def write(folder: Path) -> None:
+        import nibabel
+
+        text = content if isinstance(content, str) else json.dumps(content, indent=1)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+        for volume in volumes:
+            (folder / volume).parent.mkdir(parents=True, exist_ok=True)
+            nibabel.save(nibabel.Nifti1Image(VOXELS.astype("u1"), AFFINE), folder / volume)
+
+    return write
+
+
+PAIR = ("imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz")
+DECATHLON = {
+    "name": "Heart",
+    "modality": {"0": "MRI"},
+    "labels": {"0": "background", "1": "left atrium"},
+    "training": [{"image": "./imagesTr/a_0000.nii.gz", "label": "./labelsTr/a.nii.gz"}],
+    "test": [],
+}
+NNUNET = {
+    "channel_names": {"0": "CT"},
+    "labels": {"background": 0, "liver": 1},
+    "numTraining": 1,
+    "file_ending": ".nii.gz",
+}
+CASES_CSV = "name,image,label,split\none,imagesTr/a_0000.nii.gz,labelsTr/a.nii.gz,train\n"
+CASES_JSON = [{"name": "one", "image": PAIR[0], "label": PAIR[1], "split": "train"}]
+META_CSV = "image_id;age;gender;institute;study_type;split\ns0001;60;m;A;ct;train\n"
+DSEG_TSV = "index\tname\n0\tbackground\n1\tliver\n"
+TOTAL = ("s0001/ct.nii.gz", "s0001/segmentations/liver.nii.gz", "s0001/segmentations/spleen.nii.gz")
+BIDS = ("sub-1/anat/sub-1_T1w.nii.gz", "derivatives/manual/sub-1/anat/sub-1_dseg.nii.gz")
+
+
 def zipped(folder: Path) -> None:
     """The same series in a zip."""
     dicom(folder)
@@ -112,12 +192,20 @@ SEEDS: dict[str, tuple[Callable[[Path], None], str, str]] = {
     ".mha": (itk("a.mha", compressed=False), "a.mha", "volume"),
     ".mha zlib": (itk("a.mha", compressed=True), "a.mha", "volume"),
     ".mhd": (itk("a.mhd", compressed=False), "a.mhd", "volume"),
+    "DICOM folder": (dicom, "", "volume"),
+    "DICOM zip": (zipped, "a.zip", "volume"),
+    "DICOM RLE": (packed("RLELossless"), "", "volume"),
+    "DICOM JPEG 2000": (jpeg2000, "", "volume"),
+    "DICOM JPEG-LS": (packed("JPEGLSLossless"), "", "volume"),
+    "DICOM JPEG lossless": (packed("JPEGLosslessProcess14_1"), "", "volume"),
+    "Decathlon": (listed("dataset.json", DECATHLON, *PAIR), "", "dataset"),
+    "nnU-Net raw": (listed("dataset.json", NNUNET, *PAIR), "", "dataset"),
+    "list, CSV": (listed("cases.csv", CASES_CSV, *PAIR), "cases.csv", "dataset"),
+    "list, JSON": (listed("cases.json", CASES_JSON, *PAIR), "cases.json", "dataset"),
+    "TotalSegmentator": (listed("meta.csv", META_CSV, *TOTAL), "", "dataset"),
+    "BIDS": (listed("derivatives/manual/dseg.tsv", DSEG_TSV, *BIDS), "", "dataset"),
 }
 """What is damaged. Open: files written into a folder, which of them is read ("" the folder), and how (`READERS`)."""
-
-if find_spec("ptq3d.volumes.dicom") is not None:
-    SEEDS["DICOM folder"] = (dicom, "", "volume")
-    SEEDS["DICOM zip"] = (zipped, "a.zip", "volume")
 
 
 def made(format_: str) -> Seed:
@@ -125,4 +213,5 @@ def made(format_: str) -> Seed:
     write, entry, reader = SEEDS[format_]
     with tempfile.TemporaryDirectory() as scratch:
         write(Path(scratch))
-        return Seed({path.name: path.read_bytes() for path in sorted(Path(scratch).iterdir())}, entry, reader)
+        paths = sorted(path for path in Path(scratch).rglob("*") if path.is_file())
+        return Seed({str(path.relative_to(scratch)): path.read_bytes() for path in paths}, entry, reader)

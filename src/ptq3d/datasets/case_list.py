@@ -9,7 +9,7 @@ from ptq3d.datasets.dataset import Dataset, arranged
 from ptq3d.datasets.dataset_json import LISTS, Listing, case_of, channel_names, label_map, listed, read_json
 from ptq3d.datasets.label_map import LabelMap
 from ptq3d.datasets.rows import read_rows
-from ptq3d.errors import FileError
+from ptq3d.errors import FileError, clipped
 
 LAYOUT = "list of cases"
 SUFFIXES = (".csv", ".tsv", ".json")
@@ -38,7 +38,9 @@ def find(root: Path) -> Dataset | None:
     if root.suffix.lower() != ".json":
         rows = read_rows(root)
         if rows and not {"image", "image_0"} & set(rows[0]):
-            raise FileError(f"{root}: wanted a column 'image' (or image_0, image_1, ...), got {list(rows[0])}; add it.")
+            raise FileError(
+                f"{root}: wanted a column 'image' (or image_0, image_1, ...), got {clipped(list(rows[0]))}; add it."
+            )
         return Dataset(LAYOUT, root, arranged(case_of(row, Listing(root, own=True)) for row in rows))
     return _of_json(root)
 

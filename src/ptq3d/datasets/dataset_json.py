@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,6 +16,7 @@ from ptq3d.datasets.dicom_series import source_of
 from ptq3d.datasets.label_map import LabelMap
 from ptq3d.datasets.pairing import case_name
 from ptq3d.errors import FileError, LabelError
+from ptq3d.volumes.source import Source
 
 Table: TypeAlias = Mapping[str, Any]
 
@@ -137,7 +138,15 @@ def case_of(item: object, listing: Listing, *, split: str = "") -> Case:
     if not isinstance(name, str | int):
         raise FileError(f"{where}: wanted a name as text, got {name!r:.200}; mend the item.")
     split = split_named(str(entry.get("split", split)), where=where)
-    return Case(str(name), tuple(map(source_of, images)) if listing.own else tuple(images), labels, split)
+    return Case(str(name), _sources(images, where) if listing.own else tuple(images), labels, split)
+
+
+def _sources(images: Sequence[Path], where: Path) -> tuple[Source, ...]:
+    """Files as they are, folders and zips as their only DICOM series."""
+    try:
+        return tuple(map(source_of, images))
+    except FileError as error:
+        raise FileError(f"{where}: {error}") from error
 
 
 def _is_empty(value: object) -> bool:

@@ -6,7 +6,7 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from ptq3d.errors import FileError
+from ptq3d.errors import FileError, clipped, line_of
 
 
 def read_rows(path: Path, *, columns: Sequence[str] = (), delimiter: str = "") -> list[dict[str, str]]:
@@ -26,11 +26,13 @@ def read_rows(path: Path, *, columns: Sequence[str] = (), delimiter: str = "") -
             file.seek(0)
             rows = list(csv.reader(file, delimiter=delimiter or max(",;\t", key=header.count)))
     except (OSError, ValueError, csv.Error) as error:
-        raise FileError(f"{path} is no readable table ({type(error).__name__}: {error}); mend it.") from error
+        raise FileError(f"{path} is no readable table ({type(error).__name__}: {line_of(error)}); mend it.") from error
     names = [cell.strip().lower() for cell in rows[0]] if rows else []
     if set(columns) - set(names) or len(set(names)) < len(names):
         apart = f", set apart by {delimiter!r}" if delimiter else ""
-        raise FileError(f"{path}: wanted a header with the columns {list(columns)}{apart}, each once; got {names}.")
+        raise FileError(
+            f"{path}: wanted a header with the columns {list(columns)}{apart}, each once; got {clipped(names)}."
+        )
     for number, row in enumerate(rows[1:], start=2):
         if len(row) > len(names):
             raise FileError(f"{path}: row {number} has {len(row)} cells under {len(names)} columns; mend the row.")

@@ -284,7 +284,7 @@ def _require_alike(slices: Sequence[Slice], where: str) -> None:
         for what, pair in differs.items():
             if pair is not None:
                 raise GeometryError(
-                    f"{where} mixes {what}: {pair[0]} in {first.where} but {pair[1]} in {other.where}; "
+                    f"{where} mixes {what}: {clipped(pair[0])} in {first.where} but {clipped(pair[1])} in {other.where}; "
                     "keep the slices of one acquisition."
                 )
 

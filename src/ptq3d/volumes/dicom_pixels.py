@@ -9,7 +9,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeAlias, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq3d.errors import FileError
+from ptq3d.errors import FileError, clipped
 from ptq3d.volumes.dicom_files import Files, quiet, reading
 from ptq3d.volumes.dicom_geometry import Slice, Stack
 
@@ -55,7 +55,7 @@ def require_decoders(stack: Stack) -> None:
         except NotImplementedError:
             needs = ""
         raise FileError(
-            f"{part.where} stores its pixels as '{syntax.name}', which nothing here decodes{needs}; "
+            f"{part.where} stores its pixels as '{clipped(syntax.name)}', which nothing here decodes{needs}; "
             "pip install 'ptq3d[dicom]', or export the series uncompressed."
         )
 
@@ -84,7 +84,9 @@ def require_room(files: Files, stack: Stack) -> None:
         with reading(where):
             bits, size = header.get("BitsAllocated"), files.size(member)
         if not isinstance(bits, int) or bits < 1:
-            raise FileError(f"{where} has BitsAllocated {bits}, wanted 8, 16 or 32; it is broken, copy it again.")
+            raise FileError(
+                f"{where} has BitsAllocated {clipped(bits)}, wanted 8, 16 or 32; it is broken, copy it again."
+            )
         wanted = columns * rows * len(parts) * bits // 8
         promised, stored = promised + wanted, stored + size
         syntax = transfer_syntax(header)

@@ -16,7 +16,7 @@ from io import BufferedReader, BytesIO, FileIO
 from pathlib import Path, PureWindowsPath
 from typing import IO, TYPE_CHECKING, TypeAlias
 
-from ptq3d.errors import FileError, UnavailableError, line_of
+from ptq3d.errors import FileError, UnavailableError, clipped, line_of
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -107,7 +107,7 @@ class Files:
 
     def called(self, name: str) -> str:
         """How an error names a file."""
-        return str(self.place / name) if self._archive is None else f"{self.place}: member '{name}'"
+        return str(self.place / name) if self._archive is None else f"{self.place}: member '{clipped(name)}'"
 
 
 class _Bounded(BufferedReader):
@@ -251,10 +251,10 @@ def _require_harmless(members: list[zipfile.ZipInfo], path: Path) -> None:
         name = member.filename
         if name.startswith(("/", "\\")) or PureWindowsPath(name).drive or ".." in re.split(r"[/\\]", name):
             raise FileError(
-                f"{path}: refused, its member '{name!a}' names a place outside of the archive; get it from its maker."
+                f"{path}: refused, its member '{clipped(name)}' names a place outside of the archive; get it from its maker."
             )
         if member.flag_bits & 1:
-            raise FileError(f"{path}: its member '{name!a}' is encrypted; unpack it and name the folder.")
+            raise FileError(f"{path}: its member '{clipped(name)}' is encrypted; unpack it and name the folder.")
     total = sum(member.file_size for member in members)
     if total > LARGEST_BYTES or total > max(SMALL_BYTES, LARGEST_RATIO * path.stat().st_size):
         raise FileError(

@@ -12,7 +12,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from io import BufferedReader, BytesIO, FileIO
+from io import BufferedReader, BytesIO
 from pathlib import Path, PureWindowsPath
 from typing import IO, TYPE_CHECKING, TypeAlias
 
@@ -95,7 +95,7 @@ class Files:
 
     def open(self, name: str) -> IO[bytes]:
         """A file from its start; use it within `reading`."""
-        return _Bounded(FileIO(self.place / name)) if self._archive is None else self._archive.open(name)
+        return _Bounded((self.place / name).open("rb", 0)) if self._archive is None else self._archive.open(name)
 
     def open_whole(self, name: str) -> IO[bytes]:
         """As `open`, but a member of an archive is unpacked into memory and held against its checksum."""

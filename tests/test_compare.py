@@ -87,7 +87,9 @@ def test_scores_need_labels(folder: Path, capsys: pytest.CaptureFixture[str], as
     assert not (folder / "out").exists()
 
 
-@pytest.mark.parametrize("asked", [("--margin", "0"), ("--tolerance", "-1")])
+@pytest.mark.parametrize(
+    "asked", [("--margin", "0"), ("--tolerance", "-1"), ("--repetitions", "0"), ("--threads", "-1")]
+)
 def test_what_has_no_meaning_is_refused_before_anything_is_measured(
     folder: Path, capsys: pytest.CaptureFixture[str], asked: tuple[str, str]
 ) -> None:

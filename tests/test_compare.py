@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from networks import NETWORKS, windows
-from ptq3d.cli import main
+from ptq3d.cli import compare_table, main
 from ptq3d.evaluation.comparison import Comparison, Row
 from ptq3d.evaluation.metrics import dice_per_class, mean_dice
 from ptq3d.evaluation.scores import Score
@@ -87,7 +87,9 @@ def test_scores_need_labels(folder: Path, capsys: pytest.CaptureFixture[str], as
     assert not (folder / "out").exists()
 
 
-@pytest.mark.parametrize("asked", [("--margin", "0"), ("--tolerance", "-1")])
+@pytest.mark.parametrize(
+    "asked", [("--margin", "0"), ("--tolerance", "-1"), ("--repetitions", "0"), ("--threads", "-1")]
+)
 def test_what_has_no_meaning_is_refused_before_anything_is_measured(
     folder: Path, capsys: pytest.CaptureFixture[str], asked: tuple[str, str]
 ) -> None:
@@ -121,3 +123,19 @@ def test_a_case_without_any_class_leaves_the_report_valid() -> None:
     report = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert report["rows"][0]["dice_per_class"] == {"x": 0.5}
     assert report["sentences"] == [claim.statement("n", "n")]
+
+
+@pytest.mark.parametrize(
+    ("each", "mean", "worst"), [((0.9, float("nan"), 0.7), 0.8, 0.7), ((float("nan"),), None, None)]
+)
+def test_cases_without_a_class_large_enough_do_not_count_for_fidelity(
+    each: tuple[float, ...], mean: float | None, worst: float | None
+) -> None:
+    kept = np.asarray(each)[:, None]
+    row = Row("n", "torch", "fp32", 1, LatencySummary(1, 1, 1, 1), (1.0,), 1, 0.0, (), each, kept, None, None)
+    found = Comparison((row,), ("x",), tuple("abc"[: len(each)]), (1, 1, 1), {"tolerance_mm": None})
+    told = json.loads(json.dumps(found.to_dict(), allow_nan=False))["rows"][0]
+    assert told["fidelity"] == pytest.approx(mean)
+    assert told["fidelity_worst_case"] == worst
+    cells = [list(column.cells) for column in compare_table(found).columns]
+    assert ["-" if mean is None else f"{mean:.4f}"] in cells

@@ -99,12 +99,18 @@ class Checked:
         return sum(problem.severity == "error" for problem in self.problems)
 
     @property
+    def unfit(self) -> tuple[str, ...]:
+        """Names of the cases that have errors."""
+        return tuple(dict.fromkeys(one.case for one in self.problems if one.severity == "error"))
+
+    @property
     def told(self) -> str:
-        """The result in one line."""
+        """The result in one line; the first cases with errors by their names."""
         warnings = len(self.problems) - self.errors
         counts = ((len(self.cases), "case"), (self.errors, "error"), (warnings, "warning"))
         cases, errors, others = (numbered(number, thing) for number, thing in counts)
-        return f"{cases} read, {errors}, {others}"
+        where = f" in {_few(self.unfit, 3)}" if self.unfit else ""
+        return f"{cases} read, {errors}{where}, {others}"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""

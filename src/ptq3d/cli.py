@@ -430,7 +430,7 @@ def compare_table(found: Comparison) -> Table:
             f"{row.peak_memory_bytes / 1e9:.2f}",
             "-" if row.mean_dice is None else f"{row.mean_dice:.4f}",
             "-" if change is None else f"{change.mean:+.4f} [{change.low:+.4f}, {change.high:+.4f}]",
-            f"{sum(row.fidelity) / len(row.fidelity):.4f}",
+            "-" if row.mean_fidelity is None else f"{row.mean_fidelity:.4f}",
             f"{row.int8_mac_share:.1%}",
         )
     return table

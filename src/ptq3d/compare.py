@@ -156,7 +156,9 @@ def _row(name: str, deployment: Deployment, timed: _Timed, run: _Run, change: _C
 
 
 def _require_meaning(options: CompareOptions) -> None:
-    """Refuse a margin or tolerance without meaning, before anything is read."""
+    """Refuse a margin, tolerance or number of runs without meaning, before anything is read."""
+    if options.repetitions < 1:
+        raise OptionError(f"--repetitions {options.repetitions}: time at least one run of a window.")
     if options.margin is not None:
         require_margin(options.margin)
     if options.tolerance is not None:

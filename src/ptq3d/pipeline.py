@@ -114,12 +114,19 @@ def _calibration_setting(options: CalibrateOptions) -> tuple[Preprocessing, tupl
         manifest = embedded(model, where=options.onnx_path)
         window = static_input_shape(model)[2:]
     if options.preprocessing is not None:
-        return preprocessing_of(options.preprocessing), window or DEFAULT_WINDOW
+        return preprocessing_of(options.preprocessing), _filled(window or DEFAULT_WINDOW)
     if manifest is None or manifest.preprocessing is None:
         raise OptionError(
             "nothing says how to prepare the volumes. Give --onnx-path of a network with a manifest, or --preprocessing btcv | FILE."
         )
-    return manifest.preprocessing, window or manifest.window
+    return manifest.preprocessing, _filled(window or manifest.window)
+
+
+def _filled(window: tuple[int, int, int]) -> tuple[int, int, int]:
+    """The same window, unless nothing is in it."""
+    if min(window) < 1:
+        raise OptionError(f"--window {' '.join(map(str, window))}: every side of a window must be 1 voxel or more.")
+    return window
 
 
 def _test_sibling(data: Path) -> Path | None:

@@ -120,10 +120,12 @@ def test_a_column_of_images_is_enough(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "header|no case"),
-        ("image\n", "no case"),
-        ("file,label\na.nii.gz,\n", "wanted a column 'image'"),
-        ("image,image\na.nii.gz,a.nii.gz\n", "each once"),
+        ("", "a column 'image' .* got no row"),
+        ("image\n", "got no row"),
+        ("a.nii.gz\n", "got no row"),
+        ("file,label\na.nii.gz,\n", r"a column 'image' .* got \['file', 'label'\]"),
+        ("image,labels\na.nii.gz,b.nii\n", "as 'label', got 'labels'"),
+        ("image,image\na.nii.gz,a.nii.gz\n", "each column once"),
         ("image,label\na.nii.gz,,x\n", "row 2 has 3 cells"),
         ("image\nz.nii.gz\n", "lists 'z.nii.gz'"),
         ("image,label\na.nii.gz,z.nii.gz\n", "lists 'z.nii.gz'"),

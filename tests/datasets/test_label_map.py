@@ -111,9 +111,16 @@ def test_a_map_that_does_not_fit_is_refused(tmp_path: Path, table: object, messa
 def test_a_missing_or_broken_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileError):
         LabelMap.load(tmp_path / "l.json")
-    (tmp_path / "l.json").write_text("{")
-    with pytest.raises(FileError):
-        LabelMap.load(tmp_path / "l.json")
+    for text in ("", "{", "[" * 100_000, "9" * 5000):
+        (tmp_path / "l.json").write_text(text)
+        with pytest.raises(FileError, match="mend it") as caught:
+            LabelMap.load(tmp_path / "l.json")
+        assert "\n" not in str(caught.value)
+
+
+def test_the_mark_at_the_start_of_a_file_is_no_part_of_it(tmp_path: Path) -> None:
+    (tmp_path / "l.json").write_text('{"labels": {"0": "background", "1": "liver"}}', encoding="utf-8-sig")
+    assert LabelMap.load(tmp_path / "l.json").names == ("background", "liver")
 
 
 def test_classes_without_names_are_refused() -> None:

@@ -40,6 +40,12 @@ def test_another_window_of_a_convolutional_network(tmp_path: Path) -> None:
     assert run(tmp_path / "w.onnx", windows(1, shape=(1, 16, 10, 9))).shape == (1, 4, 16, 10, 9)
 
 
+@pytest.mark.parametrize("window", [(0, 10, 9), (16, -1, 9)])
+def test_a_window_with_nothing_in_it_is_refused(tmp_path: Path, window: tuple[int, int, int]) -> None:
+    with pytest.raises(GraphError, match="has nothing in it"):
+        resize_window(load_graph(NETWORKS["meshnet"](tmp_path / "n.onnx")), window)
+
+
 def test_weights_too_many_for_one_file_lie_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = NETWORKS["unet"](tmp_path / "n.onnx")
     model = simplify(load_graph(path))

@@ -11,11 +11,11 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from grids import affines, noise, rotation, shapes, spacings
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter, zoom
 
+from grids import affines, noise, rotation, shapes, spacings
 from nnunet_results import architecture, configured, described, library, planned, real_network, write_results
 from ptq3d.deployment import deploy
 from ptq3d.errors import GeometryError, OptionError, ShapeError

@@ -6,13 +6,13 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from grids import affines, noise, orientations, shapes, spacings, world
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.data import MetaTensor
 from monai.transforms import Orientation, Spacing
 from nibabel.processing import resample_from_to
 
+from grids import affines, noise, orientations, shapes, spacings, world
 from ptq3d.errors import GeometryError, OptionError, ShapeError
 from ptq3d.volumes.resample import oriented_grid, reorient, resample_onto, resample_slabs, respace, spaced_grid
 from ptq3d.volumes.volume import Volume

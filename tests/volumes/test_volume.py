@@ -7,9 +7,9 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
-from grids import affines, noise, shapes
 from hypothesis import given, settings
 
+from grids import affines, noise, shapes
 from ptq3d.errors import GeometryError, ShapeError
 from ptq3d.volumes.volume import Volume, grid_distance, require_same_grid
 

@@ -37,10 +37,9 @@ def find(root: Path) -> Dataset | None:
         return None
     if root.suffix.lower() != ".json":
         rows = read_rows(root)
-        if rows and not {"image", "image_0"} & set(rows[0]):
-            raise FileError(
-                f"{root}: wanted a column 'image' (or image_0, image_1, ...), got {clipped(list(rows[0]))}; add it."
-            )
+        if not rows or not {"image", "image_0"} & set(rows[0]):
+            wanted = "a header with a column 'image' (or image_0, image_1, ...) and a row for each case"
+            raise FileError(f"{root}: wanted {wanted}, got {clipped(list(rows[0])) if rows else 'no row'}; add it.")
         return Dataset(LAYOUT, root, arranged(case_of(row, Listing(root, own=True)) for row in rows))
     return _of_json(root)
 

@@ -132,6 +132,8 @@ def case_of(item: object, listing: Listing, *, split: str = "") -> Case:
     if not isinstance(entry, dict):
         raise FileError(f'{where}: wanted an image, or {{"image": path, "label": path}}, got {item!r:.200}.')
     entry = {str(key).strip().lower(): value for key, value in entry.items() if not _is_empty(value)}
+    if "labels" in entry and "label" not in entry:
+        raise FileError(f"{where}: wanted a case's label map as 'label', got 'labels'; rename it.")
     images = [_present(path, listing, folders=listing.own) for path in _channels(entry, where)]
     labels = _present(entry["label"], listing) if "label" in entry else None
     name = entry.get("name", case_name(images[0]))

@@ -148,7 +148,8 @@ def _contents(place: Path, what: str) -> Contents:
         raise FileError(f"{place}: no such file or folder of {what}; check the path.")
     found = contents(place)
     if not found.volumes:
-        raise FileError(f"{place}: no {what} in this folder (wanted files ending in {', '.join(FORMATS)}).")
+        inner = f"; name one of its folders, such as {found.folders[0].name}" if found.folders else ""
+        raise FileError(f"{place}: no {what} in this folder (wanted files ending in {', '.join(FORMATS)}){inner}.")
     return found
 
 

@@ -116,9 +116,10 @@ class LabelMap:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise FileError(f"{path} is no readable JSON file of labels: {error}.") from error
+        table = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise FileError(f"{path} is no readable JSON file of labels ({why}); check the path, or mend it.") from error
     if not isinstance(table, dict):
         raise LabelError(f"{path} must hold a table with 'labels', got {type(table).__name__}.")
     return table

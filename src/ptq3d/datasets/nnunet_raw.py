@@ -97,6 +97,11 @@ def _in_folders(root: Path, folders: tuple[str, str, str], naming: _Naming, igno
     images = contents(place) if is_folder(place) else Contents()
     labels = contents(label_place) if is_folder(label_place) else Contents()
     channels, odd = _channels(images.volumes, naming)
+    if odd and not channels:
+        raise FileError(
+            f"{odd[0].path}: it is {odd[0].reason}, nor is any other image in its folder; rename the images, or mend "
+            f'the "file_ending" of {naming.path}.'
+        )
     by_name = {path.name: path for path in labels.volumes}
     for name, found in channels.items():
         label = by_name.pop(f"{name}{naming.ending}", None)

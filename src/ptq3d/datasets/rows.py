@@ -28,10 +28,14 @@ def read_rows(path: Path, *, columns: Sequence[str] = (), delimiter: str = "") -
     except (OSError, ValueError, csv.Error) as error:
         raise FileError(f"{path} is no readable table ({type(error).__name__}: {line_of(error)}); mend it.") from error
     names = [cell.strip().lower() for cell in rows[0]] if rows else []
-    if set(columns) - set(names) or len(set(names)) < len(names):
+    if len(set(names)) < len(names):
+        raise FileError(
+            f"{path}: wanted a header that names each column once, got {clipped(names)}; rename one of them."
+        )
+    if set(columns) - set(names):
         apart = f", set apart by {delimiter!r}" if delimiter else ""
         raise FileError(
-            f"{path}: wanted a header with the columns {list(columns)}{apart}, each once; got {clipped(names)}."
+            f"{path}: wanted a header with the columns {list(columns)}{apart}, got {clipped(names)}; add them."
         )
     for number, row in enumerate(rows[1:], start=2):
         if len(row) > len(names):

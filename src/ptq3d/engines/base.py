@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, Self, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from ptq3d.errors import ShapeError
+from ptq3d.errors import OptionError, ShapeError
 
 if TYPE_CHECKING:
     import torch
@@ -48,12 +48,19 @@ class EngineOptions:
         threads: CPU threads, 0 for all.
         streams: windows that `Engine.stream` computes at a time, each with its share of the threads; a single window then takes
             longer, all together less. An engine that computes one at a time leaves it alone.
+
+    Raises:
+        OptionError: fewer than no threads.
     """
 
     device: str = "auto"
     precision: Precision = "fp32"
     threads: int = 0
     streams: int = 1
+
+    def __post_init__(self) -> None:
+        if self.threads < 0:
+            raise OptionError(f"--threads {self.threads}: give a number of CPU threads, or 0 for all of them.")
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ class Row:
         peak_memory_bytes: of the process that segmented the cases, libraries included.
         int8_mac_share: as the runtime reports it.
         scores: a row for each case and foreground class; empty without labels.
-        fidelity: one a case.
+        fidelity: one a case; NaN where no class is large enough to say anything.
         kept: (cases, K - 1) fidelity of each class, NaN where it is too small.
         dice_change: mean Dice minus the first engine's, over cases; None for the first.
         non_inferiority: of mean Dice against the first engine; None where no margin is given.
@@ -52,6 +52,16 @@ class Row:
         """Mean over cases of the mean over classes; None without labels, or with no class in any of them."""
         means = [mean for mean in case_means(self.scores).values() if not np.isnan(mean)]
         return float(np.mean(means)) if means else None
+
+    @property
+    def known_fidelity(self) -> list[float]:
+        """Fidelity of the cases that say something of it."""
+        return [value for value in self.fidelity if not np.isnan(value)]
+
+    @property
+    def mean_fidelity(self) -> float | None:
+        """Mean over the cases that say something; None where none does."""
+        return float(np.mean(self.known_fidelity)) if self.known_fidelity else None
 
     def to_dict(self, classes: Sequence[str], cases: Sequence[str]) -> dict[str, Any]:
         """JSON-able, one key a figure; `classes` are the foreground classes, `cases` the cases."""
@@ -80,8 +90,8 @@ class Row:
             "all_classes": summarize_all(self.scores).to_dict() if self.scores else None,
             "classes": per_class,
             "non_inferiority": None if found is None else found.to_dict(),
-            "fidelity": float(np.mean(self.fidelity)),
-            "fidelity_worst_case": float(np.min(self.fidelity)),
+            "fidelity": self.mean_fidelity,
+            "fidelity_worst_case": min(self.known_fidelity, default=None),
             "int8_mac_share": self.int8_mac_share,
             "certificate": certificate(cases, classes, self.kept),
         }

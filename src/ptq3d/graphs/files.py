@@ -120,7 +120,14 @@ def resize_window(model: ir.Model, window: tuple[int, int, int]) -> None:
     Args:
         model: its intermediate shapes are forgotten and must be inferred anew.
         window: (X, Y, Z) in voxels.
+
+    Raises:
+        GraphError: a side of the window below 1, or an input without shape.
     """
+    if min(window) < 1:
+        raise GraphError(
+            f"a window of {' x '.join(map(str, window))} voxels has nothing in it; every side must be 1 or more."
+        )
     value = image_input(model)
     shape = value.shape
     if shape is None:

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from networks import NETWORKS, windows
-from ptq3d.cli import compare_table, main
+from ptq3d.cli import main
 from ptq3d.evaluation.comparison import Comparison, Row
 from ptq3d.evaluation.metrics import dice_per_class, mean_dice
 from ptq3d.evaluation.scores import Score
 from ptq3d.evaluation.statistics import Interval, LatencySummary, non_inferiority
 from ptq3d.evaluation.surfaces import hd95_per_class, surface_dice_per_class
+from ptq3d.tables import compare_table
 
 AFFINE = np.array([[-2.0, 0, 0, 7], [0, 2.0, 0, -3], [0, 0, 3.0, 11], [0, 0, 0, 1]])
 RULES = 'spacing = [2.0, 2.0, 3.0]\n[[intensity]]\nrule = "window"\nlow = 0.0\nhigh = 1.0\n'

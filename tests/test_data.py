@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 
 import nibabel
@@ -16,6 +17,8 @@ from ptq3d.datasets.btcv import BTCV_ORGANS
 from ptq3d.datasets.label_map import LabelMap
 from ptq3d.errors import LabelError, OptionError
 from ptq3d.manifest import Manifest
+from ptq3d.options import TrainOptions
+from ptq3d.pipeline import train
 
 WINDOW = (8, 8, 8)
 
@@ -142,3 +145,10 @@ def test_classes_without_names_are_taken_in_their_order(names: tuple[str, ...]) 
 )
 def test_other_classes_do_not_fit(names: tuple[str, ...]) -> None:
     assert fitting(LabelMap.identity(NAMES), names) is None
+
+
+def test_nothing_is_trained_on_the_test_split_unasked(btcv: Path) -> None:
+    shutil.rmtree(btcv / "train")
+    with pytest.raises(OptionError, match=r"no split 'train' but test"):
+        train(TrainOptions(data=btcv, output_dir=btcv / "run"))
+    assert not (btcv / "run").exists()

@@ -193,3 +193,12 @@ def test_a_tilted_gantry_is_straightened_for_the_network_and_kept_in_the_result(
         path = run(network, tmp_path / "ct", tmp_path / "out")
     assert "gantry is tilted by 21.80 degrees" in caplog.text
     np.testing.assert_allclose(load_labels(path).affine, load_image(only_series(tmp_path / "ct")).affine, atol=1e-4)
+
+
+def test_results_do_not_go_among_the_slices(tmp_path: Path, network: tuple[Path, str]) -> None:
+    write_by_itk(tmp_path / "ct", stored_values((20, 18, 17)), ORIENTATIONS["axial"])
+    before = sorted((tmp_path / "ct").iterdir())
+    for output in (tmp_path / "ct", tmp_path / "ct" / "labels"):
+        with pytest.raises(OptionError, match="lies among the slices"):
+            run(network, tmp_path / "ct", output)
+    assert sorted((tmp_path / "ct").iterdir()) == before

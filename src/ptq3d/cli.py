@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
@@ -33,22 +32,18 @@ from ptq3d.options import (
     SensitivityOptions,
     TrainOptions,
 )
+from ptq3d.tables import MEGABYTE, cases_table, compare_table, deploy_table, new_table, problems_table, show_table
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ptq3d.checking import CaseFacts
     from ptq3d.deployment import CaseResult
-    from ptq3d.evaluation.comparison import Comparison
-
-MEGABYTE = 1e6
-MANY_CASES = 40  # more rows than anyone reads
 
 
 def show_data(options: DataShowOptions) -> None:
     """Run `ptq3d data show`."""
     found, cases = _verb("ptq3d.checking", "show")(options)
-    table = _table("case", "split", "channels", "voxels", "spacing mm", "axes", "labels")
+    table = new_table("case", "split", "channels", "voxels", "spacing mm", "axes", "labels")
     for case in cases:
         table.add_row(*case)
     _show(options, table)
@@ -60,29 +55,14 @@ def show_data(options: DataShowOptions) -> None:
 def check_data(options: DataCheckOptions) -> None:
     """Run `ptq3d data check`."""
     checked = _verb("ptq3d.checking", "check")(options)
-    _show(options, _cases_table(checked.cases))
-    table = _table("", "case", "what", "found", right=False)
-    for problem in checked.problems:
-        table.add_row(problem.severity, problem.case or "all", problem.kind, problem.text)
+    _show(options, cases_table(checked.cases))
     if checked.problems:
-        _show(options, table)
+        _show(options, problems_table(checked.problems))
     _report(options, checked.to_dict())
     told = checked.told
     if checked.errors:
         raise FileError(f"{options.data} is not fit for use: {told}.")
     _say(options, told)
-
-
-def _cases_table(cases: Sequence[CaseFacts]) -> Table:
-    """What was read of each case; of a large set only of those with problems."""
-    shown = [case for case in cases if case.problems] if len(cases) > MANY_CASES else cases
-    table = _table("case", "split", "channels", "voxels", "spacing mm", "axes", "values", "label values", "problems")
-    for case in shown:
-        sizes = (" x ".join(map(str, case.shape)), " x ".join(f"{size:.3g}" for size in case.spacing), case.orientation)
-        values = " .. ".join(f"{value:.6g}" for value in case.intensity)
-        labels = f"{sum(value > 0 for value, _ in case.values)} of 1..{case.values[-1][0]}" if case.values else "none"
-        table.add_row(case.name, case.split, str(case.channels), *sizes, values, labels, str(len(case.problems)))
-    return table
 
 
 def train(options: TrainOptions) -> None:
@@ -145,7 +125,7 @@ def quantize(options: QuantizeOptions) -> None:
 def sensitivity(options: SensitivityOptions) -> None:
     """Run `ptq3d sensitivity`."""
     found = _verb("ptq3d.verification", "sensitivity")(options)
-    table = _table("layer", "MMAC", "share", "disagreement alone in INT8")
+    table = new_table("layer", "MMAC", "share", "disagreement alone in INT8")
     whole = sum(one.macs for one in found)
     for one in found:
         table.add_row(one.layer, f"{one.macs / 1e6:.1f}", f"{one.macs / whole:.1%}", f"{one.disagreement:.5f}")
@@ -166,7 +146,7 @@ def deploy(options: DeployOptions) -> None:
     done = [result for result in results if result.error is None]
     failed = [result for result in results if result.error is not None]
     if done:
-        _show(options, _deploy_table(done))
+        _show(options, deploy_table(done))
     rows = [
         {
             "case": r.name,
@@ -208,7 +188,7 @@ def compare(options: CompareOptions) -> None:
 def evaluate(options: EvaluateOptions) -> None:
     """Run `ptq3d evaluate`; a claim that is not shown is an answer, not a fault: exit code 0."""
     found = _verb("ptq3d.scoring", "evaluate")(options)
-    table = _table(*found.columns)
+    table = new_table(*found.columns)
     for row in found.rows():
         table.add_row(*row)
     _show(options, table)
@@ -220,12 +200,12 @@ def evaluate(options: EvaluateOptions) -> None:
 def inspect(options: InspectOptions) -> None:
     """Run `ptq3d inspect`."""
     found = _verb("ptq3d.inspection", "inspect")(options)
-    table = _table("", "", right=False)
+    table = new_table("", "", right=False)
     for key, value in found.facts.items():
         table.add_row(key, json.dumps(value) if isinstance(value, dict | list) else str(value))
     _show(options, table)
     if found.layers:
-        listed = _table("layer", "operator", "MMAC", "precision")
+        listed = new_table("layer", "operator", "MMAC", "precision")
         for layer in found.layers:
             listed.add_row(layer.name, layer.op, f"{layer.macs / 1e6:.1f}", layer.precision)
         _show(options, listed)
@@ -352,24 +332,8 @@ def _say(options: Common, line: str) -> None:
 
 
 def _show(options: Common, table: Table) -> None:
-    if options.quiet:
-        return
-    from rich.console import Console
-
-    console = Console(file=sys.stdout)
-    if not console.is_terminal:
-        console = Console(file=sys.stdout, width=200)
-    console.print(table)
-
-
-def _table(*columns: str, right: bool = True) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, show_header=any(columns))
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index and right else "left", overflow="fold")
-    return table
+    if not options.quiet:
+        show_table(table)
 
 
 def _size(size_bytes: int) -> str:
@@ -382,58 +346,6 @@ def _number(value: float) -> float | None:
 
 def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
     return {name: _number(value) for name, value in values.items()}
-
-
-def _deploy_table(results: Sequence[CaseResult]) -> Table:
-    steps = list(results[0].seconds)
-    more = ["windows/s", "GB", *(["mean Dice"] if results[0].dice else [])]
-    table = _table("case", *(f"{step} s" for step in steps), *more)
-    for result in results:
-        dice = [f"{result.mean_dice:.4f}"] if result.dice else []
-        figures = [f"{result.windows_per_second:.1f}", f"{result.peak_memory_bytes / 1e9:.2f}"]
-        table.add_row(result.name, *(f"{result.seconds[step]:.2f}" for step in steps), *figures, *dice)
-    for name in results[0].dice:
-        values = [value for result in results if not math.isnan(value := result.dice[name])]
-        table.add_row(f"  {name}", *[""] * (len(steps) + 2), f"{sum(values) / len(values):.4f}" if values else "absent")
-    return table
-
-
-def compare_table(found: Comparison) -> Table:
-    """A comparison for people; ratios are against the first row."""
-    table = _table(
-        "",
-        "engine",
-        "precision",
-        "MB",
-        "x",
-        "window ms (p5-p95)",
-        "x",
-        "case s",
-        "GB",
-        "Dice",
-        "change [95 %]",
-        "fidelity",
-        "INT8 MACs",
-    )
-    first = found.rows[0]
-    for row in found.rows:
-        change = row.dice_change
-        table.add_row(
-            Path(row.name.split("@")[0]).name,
-            row.engine,
-            row.precision,
-            f"{row.size_bytes / MEGABYTE:.2f}",
-            f"{first.size_bytes / row.size_bytes:.2f}",
-            f"{row.latency.median:.1f} ({row.latency.p5:.1f}-{row.latency.p95:.1f})",
-            f"{first.latency.median / row.latency.median:.2f}",
-            f"{sum(row.case_seconds) / len(row.case_seconds):.2f}",
-            f"{row.peak_memory_bytes / 1e9:.2f}",
-            "-" if row.mean_dice is None else f"{row.mean_dice:.4f}",
-            "-" if change is None else f"{change.mean:+.4f} [{change.low:+.4f}, {change.high:+.4f}]",
-            "-" if row.mean_fidelity is None else f"{row.mean_fidelity:.4f}",
-            f"{row.int8_mac_share:.1%}",
-        )
-    return table
 
 
 if __name__ == "__main__":

@@ -74,6 +74,9 @@ class Writing:
             OptionError: an input would be overwritten, or a DICOM object wanted of an image that is no DICOM series.
         """
         path = self.path_of(case)
+        for source in case.images:
+            if isinstance(source, Series) and self.folder.resolve().is_relative_to(source.place.resolve()):
+                raise OptionError(f"{self.folder} lies among the slices of {source.place}. Choose another --output.")
         for given in (*map(place_of, case.images), *case.label_files):
             if path.resolve() == given.resolve():
                 raise OptionError(f"{given} is an input and would be overwritten. Choose another --output.")

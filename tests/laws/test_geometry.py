@@ -124,7 +124,8 @@ def test_a_marked_place_is_found_where_it_is(
     assert len(marked)
     places = np.array([itk.TransformContinuousIndexToPhysicalPoint(voxel.astype(float).tolist()) for voxel in marked])
     error = np.linalg.norm(places * (-1, -1, 1) - landmark, axis=1)
-    assert error.max() <= radius + reach(seen_affine) + 1e-3  # the nearest voxel seen lies within half a voxel
+    # half a voxel seen, and half a voxel of the file, by which MONAI's grid may end before the file's where it is oblique
+    assert error.max() <= radius + reach(seen_affine) + reach(affine)
 
 
 @pytest.mark.parametrize("suffix", READ_BY_ITK)

@@ -238,6 +238,7 @@ BROKEN: dict[str, tuple[str, Callable[[Path], object], type[InputError], str]] =
     "broken JPEG header": ("a", broken_header, FileError, "IM0001 cannot be read.*broken header at byte 15"),
     "frames without places": ("a", cine, FileError, "3 frames but does not say where"),
     "unknown transfer syntax": ("a", other_syntax("1.2.840.10008.9.9.9"), FileError, "1.2.840.10008.9.9.9"),
+    "two transfer syntaxes": ("a", other_syntax(r"1.2.840.1\1.2.84"), FileError, "IM0004 stores its pixels as"),
     "video": ("a", other_syntax("1.2.840.10008.1.2.5."[:19]), FileError, "IM0004"),
     "no archive": ("a.zip", lambda place: place.write_bytes(b"PK" + bytes(500)), FileError, "zip archive"),
     "cut archive": (

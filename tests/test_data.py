@@ -100,7 +100,7 @@ def test_labels_of_other_classes_are_left_out_and_it_is_said(btcv: Path, caplog:
     caplog.set_level(logging.INFO, "ptq3d")
     cases, _ = judged_by(find_data(btcv), Manifest(("background", "tumour"), WINDOW), labels=None, label_map=None)
     assert all(case.labels is None for case in cases)
-    assert "of 14 other classes than the network's 2" in caplog.text
+    assert "are of 14 other classes (the network has 2)" in caplog.text
 
 
 def test_labels_that_the_user_names_are_used_as_they_are(btcv: Path) -> None:

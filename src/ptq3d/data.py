@@ -105,10 +105,10 @@ def judged_by(
     if own is not None or labels is not None:
         return list(found.cases), own or LabelMap.identity(manifest.labels)
     if any(case.labels is not None for case in found.cases):
-        names = "of unknown classes" if found.label_map is None else f"of {len(found.label_map.names)} other classes"
+        own_names = "name no classes" if found.label_map is None else f"are of {len(found.label_map.names)} other classes"
         log.info(
-            "the labels of %s are %s than the network's %d, so there is no Dice; say what they are with --label-map",
-            found.root, names, manifest.classes,
+            "the labels of %s %s (the network has %d), so there is no Dice; say what they are with --label-map",
+            found.root, own_names, manifest.classes,
         )  # fmt: skip
     return list(without_labels(found).cases), LabelMap.identity(manifest.labels)
 

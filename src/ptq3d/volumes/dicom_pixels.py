@@ -66,7 +66,7 @@ def transfer_syntax(header: Header) -> UID:
 
     told = header.file_meta.get("TransferSyntaxUID")
     if told:
-        return UID(told)
+        return UID(str(told))  # broken headers hold several
     implicit, little = header.original_encoding
     return ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian if little else ExplicitVRBigEndian
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import gzip
+import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
 
-from ptq3d.checking import Checked, Problem, case_facts, check_dataset
+from ptq3d import checking
+from ptq3d.checking import CaseFacts, Checked, Problem, case_facts, check_dataset
 from ptq3d.datasets.cases import Case
 from ptq3d.datasets.dataset import Dataset
 from ptq3d.datasets.label_map import LabelMap
@@ -61,13 +64,33 @@ def test_a_sound_set_has_no_problem_and_is_described(tmp_path: Path) -> None:
     assert len({case.content for case in found.cases}) == 4
 
 
-def test_many_cases_are_read_in_processes_with_the_same_result(tmp_path: Path) -> None:
+def test_many_cases_are_read_in_processes_with_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cases = made(tmp_path, 10)
+    monkeypatch.setattr(checking, "_cores", lambda: 2)
+    parent = os.getpid()
+    monkeypatch.setattr(checking, "case_facts", partial(_refuse_in, parent))
     steps: list[tuple[int, int]] = []
     dataset = Dataset("folder", tmp_path, tuple(cases), ORGANS)
     found = check_dataset(dataset, progress=lambda done, total: steps.append((done, total)))
     assert found.cases == tuple(case_facts(case, label_map=ORGANS) for case in cases)
     assert steps == [(done, 10) for done in range(1, 11)]
+
+
+def _refuse_in(parent: int, case: Case, *, label_map: LabelMap | None = None) -> CaseFacts:
+    """`case_facts`, anywhere but in one process."""
+    if os.getpid() == parent:
+        raise AssertionError("read in the process that asked")
+    return case_facts(case, label_map=label_map)
+
+
+def test_the_same_voxels_elsewhere_are_another_image_and_a_signed_zero_is_not(tmp_path: Path) -> None:
+    moved, nearly = np.eye(4), np.eye(4)
+    moved[0, 3], nearly[0, 3] = 5.0, -1e-7
+    content = [
+        case_facts(Case("c", (written(tmp_path / f"{number}.nii", image(1), affine),))).content
+        for number, affine in enumerate((np.eye(4), moved, nearly))
+    ]
+    assert content[0] == content[2] != content[1]
 
 
 def truncated(path: Path) -> None:

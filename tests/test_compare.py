@@ -12,6 +12,7 @@ import pytest
 
 from networks import NETWORKS, windows
 from ptq3d.cli import main
+from ptq3d.compare import folder_names
 from ptq3d.evaluation.comparison import Comparison, Row
 from ptq3d.evaluation.metrics import dice_per_class, mean_dice
 from ptq3d.evaluation.scores import Score
@@ -140,3 +141,8 @@ def test_cases_without_a_class_large_enough_do_not_count_for_fidelity(
     assert told["fidelity_worst_case"] == worst
     cells = [list(column.cells) for column in compare_table(found).columns]
     assert ["-" if mean is None else f"{mean:.4f}"] in cells
+
+
+def test_engines_of_one_file_name_have_folders_of_their_own() -> None:
+    names = folder_names(["fp32/net.onnx", "int8/net.onnx", "int8/net.onnx@openvino:bf16", "other/net.onnx"])
+    assert names == ["net.onnx", "net.onnx-2", "net.onnx_openvino_bf16", "net.onnx-4"]

@@ -71,6 +71,8 @@ def test_the_split_asked_for_goes_before_the_usual_one(
 def test_a_split_that_is_not_there_is_refused_with_those_that_are(btcv: Path) -> None:
     with pytest.raises(OptionError, match="no split 'val': train, test"):
         find_data(btcv, split="val")
+    with pytest.raises(OptionError, match="no split 'val', but train, test"):
+        find_data(btcv, usual=("val",))
     with pytest.raises(OptionError, match="it names none"):
         find_data(btcv / "train" / "images", split="val")
 
@@ -100,7 +102,7 @@ def test_labels_of_other_classes_are_left_out_and_it_is_said(btcv: Path, caplog:
     caplog.set_level(logging.INFO, "ptq3d")
     cases, _ = judged_by(find_data(btcv), Manifest(("background", "tumour"), WINDOW), labels=None, label_map=None)
     assert all(case.labels is None for case in cases)
-    assert "are of 14 other classes (the network has 2)" in caplog.text
+    assert "are of 14 classes (the network has 2)" in caplog.text
 
 
 def test_labels_that_the_user_names_are_used_as_they_are(btcv: Path) -> None:
@@ -141,6 +143,44 @@ def test_classes_without_names_are_taken_in_their_order(names: tuple[str, ...]) 
 
 
 @pytest.mark.parametrize(
+    ("own", "wanted"),
+    [
+        (BTCV_ORGANS, tuple("IVC" if "vena" in name else name for name in BTCV_ORGANS)),
+        (BTCV_ORGANS, tuple("_".join(reversed(name.split())) if "kidney" in name else name for name in BTCV_ORGANS)),
+        (
+            ("background", "right anterior cingulate gyrus", "left postcentral gyrus"),
+            ("Background", "Right-ACgG--anterior-cingulate-gyrus", "Left-PoG--postcentral-gyrus"),
+        ),
+    ],
+)
+def test_spellings_are_the_same_classes(own: tuple[str, ...], wanted: tuple[str, ...]) -> None:
+    found = fitting(LabelMap.identity(own), wanted)
+    assert found is not None
+    assert dict(found.values) == {index: index for index in range(len(own))}
+    assert found.names == wanted
+
+
+def test_sides_that_are_swapped_are_never_spellings() -> None:
+    swapped = {"right kidney": "left kidney", "left kidney": "right kidney"}
+    wanted = tuple(swapped.get(name, name) for name in BTCV_ORGANS)
+    found = fitting(LabelMap.identity(BTCV_ORGANS), wanted)
+    assert found is not None
+    assert {BTCV_ORGANS[value]: wanted[index] for value, index in found.values.items()} == {n: n for n in BTCV_ORGANS}
+    renamed = tuple({"right kidney": "kidney B"}.get(name, swapped.get(name, name)) for name in BTCV_ORGANS)
+    assert fitting(LabelMap.identity(BTCV_ORGANS), renamed) is None
+
+
+def test_known_classes_are_never_taken_by_their_numbers(btcv: Path) -> None:
+    """Labels that the user names, of classes that are known and are not the network's."""
+    found = find_data(btcv)
+    with pytest.raises(LabelError, match=r"are of other classes than the network's: .*; say what they are"):
+        judged_by(
+            found, Manifest(tuple(f"organ {letter}" for letter in "abcdefghijklmn"), WINDOW),
+            labels=btcv, label_map=None,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
     "names", [NAMES[:3], (*NAMES[:3], "liver"), ("background", "heart", "heart", "heart"), (*NAMES, "liver")]
 )
 def test_other_classes_do_not_fit(names: tuple[str, ...]) -> None:
@@ -149,6 +189,6 @@ def test_other_classes_do_not_fit(names: tuple[str, ...]) -> None:
 
 def test_nothing_is_trained_on_the_test_split_unasked(btcv: Path) -> None:
     shutil.rmtree(btcv / "train")
-    with pytest.raises(OptionError, match=r"no split 'train' but test"):
+    with pytest.raises(OptionError, match=r"no split 'train', but test; say which with --split"):
         train(TrainOptions(data=btcv, output_dir=btcv / "run"))
     assert not (btcv / "run").exists()

@@ -873,3 +873,21 @@ def test_compare_ends_with_what_ended_a_case(bench: Bench, monkeypatch: pytest.M
     deployment = prepare(bench.net, "torch", EngineOptions(), preprocessing=str(bench.spaced), overlap=None)
     with pytest.raises(FileError, match="the disk is full"):
         comparison._segment(deployment, [Case("a", (bench.images / "a.nii.gz",))], bench.root / "out")
+
+
+def test_labels_of_other_classes_are_no_less_an_input(bench: Bench) -> None:
+    """Labels that no Dice is made of, since their classes are others, are not overwritten either."""
+    task = bench.root / "Task01_Other"
+    for kind in ("imagesTr", "labelsTr"):
+        write_volume(task / kind / "a.nii.gz", np.full(SHAPE, 9 if kind == "labelsTr" else 0, np.uint8))
+    listed = [{"image": "./imagesTr/a.nii.gz", "label": "./labelsTr/a.nii.gz"}]
+    table = {
+        "modality": {"0": "CT"},
+        "labels": {str(n): f"organ {n}" for n in range(10)},
+        "training": listed,
+        "test": [],
+    }
+    (task / "dataset.json").write_text(json.dumps(table))
+    with pytest.raises(OptionError, match="is an input and would be overwritten"):
+        bench.run(data=task, output=task / "labelsTr")
+    assert (np.asarray(nib.load(task / "labelsTr" / "a.nii.gz").dataobj) == 9).all()

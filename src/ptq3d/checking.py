@@ -21,7 +21,7 @@ from ptq3d.data import find_data, numbered
 from ptq3d.datasets.cases import Case, read_grid, read_image, read_labels
 from ptq3d.datasets.dataset import Dataset
 from ptq3d.datasets.label_map import LabelMap
-from ptq3d.errors import EngineError, InputError
+from ptq3d.errors import EngineError, GeometryError, InputError, LabelError
 from ptq3d.memory import available_bytes
 from ptq3d.options import DataCheckOptions, DataShowOptions
 from ptq3d.progress import Progress, bar, silent
@@ -189,6 +189,9 @@ def _all_facts(dataset: Dataset, progress: Progress) -> Iterable[CaseFacts]:
             waiting = {pool.submit(look, case): index for index, case in enumerate(cases)}
             for future in _counted(as_completed(waiting), len(cases), progress):
                 found[waiting[future]] = future.result()
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            raise
         except BrokenProcessPool as error:
             raise EngineError(
                 f"a process that read {dataset.root} died, likely for want of memory. Check a part of the set at a time."
@@ -249,13 +252,13 @@ def case_facts(case: Case, *, label_map: LabelMap | None = None) -> CaseFacts:
 
 def _refused(case: Case, error: Exception) -> Problem:
     """What a reader refused, by the kind of its error."""
-    kinds = {"GeometryError": "grid", "LabelError": "labels"}
-    return Problem(case.name, "error", kinds.get(type(error).__name__, "unreadable"), str(error))
+    kind = "grid" if isinstance(error, GeometryError) else "labels" if isinstance(error, LabelError) else "unreadable"
+    return Problem(case.name, "error", kind, str(error))
 
 
 def _content(image: Volume) -> str:
     """SHA-256 of voxels and grid: equal for the same image in other files, whatever their kind and compression."""
-    found = hashlib.sha256(repr((image.data.shape, image.affine.round(3).tolist())).encode())
+    found = hashlib.sha256(repr((image.data.shape, (image.affine.round(3) + 0.0).tolist())).encode())
     for plane in np.moveaxis(image.data, 3, 0):
         found.update(np.ascontiguousarray(plane).data)
     return found.hexdigest()
@@ -277,7 +280,7 @@ def _label_values(case: Case, image: Volume) -> tuple[tuple[int, int], ...]:
     labels = read_labels(case)
     if labels is None:
         return ()
-    require_same_grid(image, labels, image_path=case.images[0], label_path=case.label_files[0])
+    require_same_grid(image.grid, labels.grid, image_path=case.images[0], label_path=case.label_files[0])
     counts = _counts(labels.data)
     present = np.flatnonzero(counts)
     return tuple(zip(present.tolist(), counts[present].tolist(), strict=True))

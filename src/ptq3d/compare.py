@@ -17,7 +17,7 @@ import numpy as np
 
 from ptq3d.artefacts import artefact_size
 from ptq3d.data import find_data, judged_by
-from ptq3d.datasets.cases import Case, read_image, true_classes
+from ptq3d.datasets.cases import Case, read_grid, read_image, true_classes
 from ptq3d.datasets.label_map import LabelMap
 from ptq3d.deployment import (
     CaseResult,
@@ -67,12 +67,13 @@ def compare(options: CompareOptions) -> Comparison:
     _require_labels_to_score(options, cases)
     for deployment in deployments:
         warn_of_calibration_cases(deployment.manifest, cases)
-    truths = [_truth(case, label_map, surfaces=options.tolerance is not None) for case in cases]
+    for case in cases:
+        _check(case, label_map, surfaces=options.tolerance is not None)
     with tempfile.TemporaryDirectory() as scratch:
         timed = _time_windows(deployments, cases[0], options)
-        outputs = [(options.output or Path(scratch)) / _folder_name(text) for text in options.models]
+        outputs = [(options.output or Path(scratch)) / name for name in folder_names(options.models)]
         runs = _segment_all(deployments, cases, outputs, quiet=options.quiet)
-        judge = _Judge(cases, truths, label_map.names, options.tolerance)
+        judge = _Judge(cases, label_map, options.tolerance)
         judged = [judge.verdict(output, outputs[0]) for output in outputs]
     rows = tuple(
         _row(text, deployment, latency, run, _Change(verdict, judged[0], options.margin))
@@ -132,8 +133,8 @@ class _Change:
     def _means(self) -> tuple[np.ndarray, np.ndarray] | None:
         if self.verdict is self.first or not self.verdict.scores:
             return None
-        _, *means = paired_means(self.first.scores, self.verdict.scores)
-        return means[0], means[1]
+        cases, first, second = paired_means(self.first.scores, self.verdict.scores)
+        return (first, second) if cases else None
 
 
 def _row(name: str, deployment: Deployment, timed: _Timed, run: _Run, change: _Change) -> Row:
@@ -172,15 +173,18 @@ def _require_labels_to_score(options: CompareOptions, cases: Sequence[Case]) -> 
         raise OptionError(f"--{asked[0]} is about true labels of the network's classes; give them with --labels.")
 
 
-def _truth(case: Case, label_map: LabelMap, *, surfaces: bool) -> Volume | None:
-    """(1, X, Y, Z) classes of a case's labels, None where it has none."""
+def _check(case: Case, label_map: LabelMap, *, surfaces: bool) -> None:
+    """Read a case once, so that nothing is wrong with it after hours of measurement."""
     image = read_image(case)
-    truth = true_classes(case, image, label_map)
-    if truth is None:
-        return None
-    if surfaces:
+    if true_classes(case, image.grid, label_map) is not None and surfaces:
         right_angled_spacing(image.affine, where=case.where)
-    return Volume(truth[None], image.affine)
+
+
+def _truth(case: Case, label_map: LabelMap) -> Volume | None:
+    """(1, X, Y, Z) classes of a case's labels, None where it has none."""
+    grid = read_grid(case)
+    truth = true_classes(case, grid, label_map)
+    return None if truth is None else Volume(truth[None], grid[1])
 
 
 def _distinct(models: Sequence[str]) -> Sequence[str]:
@@ -212,8 +216,13 @@ def _require_same_classes(models: Sequence[str], deployments: Sequence[Deploymen
             )
 
 
-def _folder_name(text: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in text.split("/")[-1])
+def folder_names(models: Sequence[str]) -> list[str]:
+    """A folder for the label maps of each engine: its name on the command line, and its number where two have one name."""
+    names: list[str] = []
+    for number, text in enumerate(models, 1):
+        name = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in text.split("/")[-1])
+        names.append(f"{name}-{number}" if name in names else name)
+    return names
 
 
 def _time_windows(deployments: Sequence[Deployment], case: Case, options: CompareOptions) -> list[_Timed]:
@@ -271,8 +280,6 @@ def _segment_apart(deployment: Deployment, cases: list[Case], output: Path) -> _
 
 
 def _segment(deployment: Deployment, cases: list[Case], output: Path) -> _Run:
-    from ptq3d.datasets.label_map import LabelMap
-
     unlabelled = [case.unlabelled() for case in cases]
     results = deploy_cases(
         deployment, unlabelled, Writing(output), label_map=LabelMap.identity(deployment.manifest.labels), quiet=True
@@ -288,19 +295,20 @@ class _Judge:
     """What label maps of `cases` are held against: the truth where it is known, with the names of all classes."""
 
     cases: Sequence[Case]
-    truths: Sequence[Volume | None]
-    names: tuple[str, ...]
+    label_map: LabelMap
     tolerance_mm: float | None
 
     def verdict(self, output: Path, reference: Path) -> _Verdict:
         """What the label maps in `output` are worth against the truth, and against those in `reference`."""
         scores: list[Score] = []
         kept = []
-        for case, truth in zip(self.cases, self.truths, strict=True):
+        names = self.label_map.names
+        for case in self.cases:
+            truth = _truth(case, self.label_map)
             found, expected = (load_labels(place / f"{case.name}.nii.gz").data[0] for place in (output, reference))
-            kept.append(fidelity_per_class(found, expected, len(self.names)))
+            kept.append(fidelity_per_class(found, expected, len(names)))
             if truth is not None:
-                scores += score_case(case.name, found, truth, names=self.names, tolerance_mm=self.tolerance_mm)
+                scores += score_case(case.name, found, truth, names=names, tolerance_mm=self.tolerance_mm)
         return _Verdict(tuple(scores), np.asarray(kept))
 
 

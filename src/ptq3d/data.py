@@ -22,6 +22,7 @@ from ptq3d.volumes.resample import oriented_grid
 log = logging.getLogger("ptq3d")
 SEEN_HEADERS = 20  # of a large set: enough to tell its spacing, and a DICOM series has hundreds of headers
 SHOWN_FILES = 3
+SPELLINGS = 0.2  # of the classes may be spelled otherwise, and it is still the same list
 
 
 def find_data(
@@ -38,16 +39,16 @@ def find_data(
         data: a volume, a DICOM series, a folder laid out as one of `LAYOUTS`, or a list of cases.
         labels: a label map or a folder of them; or the name of one of the data set's own segmentations.
         split: of the data set; "all" for every case.
-        usual: the split that is taken where none is asked for: the first of these that the data set has.
+        usual: the split that is taken where none is asked for: the first of these that the data set has; none for all cases.
         series: which series of DICOM files.
 
     Raises:
         FileError, LabelError: see `open_dataset`.
-        OptionError: the data set has no such split.
+        OptionError: the data set has no such split, or names splits, but none of the usual ones.
     """
     found = open_dataset(data, labels, series=series)
     log.info("%s", described(found))
-    chosen = split or next((one for one in usual if one in found.splits), "all")
+    chosen = split or _usual(found, usual)
     if chosen == "all":
         return found
     cases = tuple(case for case in found.cases if case.split == chosen)
@@ -58,6 +59,19 @@ def find_data(
     if len(cases) < len(found.cases):
         log.info("using its %d cases of split '%s'", len(cases), chosen)
     return replace(found, cases=cases)
+
+
+def _usual(found: Dataset, usual: Sequence[str]) -> str:
+    """The usual split of a data set; "all" where it names none, or none is usual."""
+    if not usual or not found.splits:
+        return "all"
+    chosen = next((one for one in usual if one in found.splits), None)
+    if chosen is None:
+        raise OptionError(
+            f"{found.root} has no split {' or '.join(map(repr, usual))}, but {', '.join(found.splits)}; say which with --split "
+            "(all for every case), or name the folder of the images you mean."
+        )
+    return chosen
 
 
 def with_labels(found: Dataset, wanted: Path | None) -> Dataset:
@@ -101,15 +115,20 @@ def judged_by(
     """
     if label_map is not None:
         return list(found.cases), truth_map(label_map, manifest)
-    own = None if found.label_map is None else fitting(found.label_map, manifest.labels)
-    if own is not None or labels is not None:
-        return list(found.cases), own or LabelMap.identity(manifest.labels)
+    if found.label_map is None:
+        if labels is not None:
+            return list(found.cases), LabelMap.identity(manifest.labels)
+        reason = "name no classes"
+    else:
+        own = fitting(found.label_map, manifest.labels)
+        if own is not None:
+            _tell_spellings(found.label_map, own)
+            return list(found.cases), own
+        reason = _other_classes(found.label_map, manifest)
+        if labels is not None:
+            raise LabelError(f"the labels of {found.root} {reason}; say what they are with --label-map.")
     if any(case.labels is not None for case in found.cases):
-        own_names = "name no classes" if found.label_map is None else f"are of {len(found.label_map.names)} other classes"
-        log.info(
-            "the labels of %s %s (the network has %d), so there is no Dice; say what they are with --label-map",
-            found.root, own_names, manifest.classes,
-        )  # fmt: skip
+        log.info("the labels of %s %s, so there is no Dice; say what they are with --label-map", found.root, reason)
     return list(without_labels(found).cases), LabelMap.identity(manifest.labels)
 
 
@@ -131,24 +150,70 @@ def truth_map(path: Path, manifest: Manifest) -> LabelMap:
 def fitting(label_map: LabelMap, names: Sequence[str]) -> LabelMap | None:
     """The label map of a data set in the order of a network's classes; None where these are other classes.
 
+    The same names in any order fit; upper and lower case, spaces, "_" and "-", and the order of words are alike
+    ("kidney_left"). So do lists in the same order of which at least four names in five are the same or have all words of
+    the other ("Right-ACgG--anterior-cingulate-gyrus"), where the rest is found nowhere in the other list: spellings
+    ("IVC"). A network whose classes are only numbered ("class 3", "3") is taken to have them in the data set's order.
+
     Args:
         label_map: of the data set.
-        names: of the network's classes. Names that are only numbers ("class 3", "3") are taken in their order.
+        names: of the network's classes.
     """
     own, wanted = [_plain(name) for name in label_map.names], [_plain(name) for name in names]
-    if len(own) != len(wanted):
+    if len(own) != len(wanted) or len(set(own)) < len(own):
         return None
-    if all(name.removeprefix("class ").isdigit() for name in wanted[1:]):
+    if sorted(own) == sorted(wanted):
+        place = [wanted.index(name) for name in own]
+        others = None if label_map.others is None else place[label_map.others]
+        return LabelMap(tuple(names), {value: place[index] for value, index in label_map.values.items()}, others)
+    differ = [(one, other) for one, other in zip(own, wanted, strict=True) if one != other]
+    moved = any(one in wanted or other in own for one, other in differ)
+    spelled = [pair for pair in differ if not _words_within(*pair)]
+    if _numbered(wanted) or (not moved and len(spelled) <= SPELLINGS * len(own)):
         return replace(label_map, names=tuple(names))
-    if len(set(own)) != len(own) or sorted(own) != sorted(wanted):
-        return None
-    place = [wanted.index(name) for name in own]
-    others = None if label_map.others is None else place[label_map.others]
-    return LabelMap(tuple(names), {value: place[index] for value, index in label_map.values.items()}, others)
+    return None
+
+
+def _words_within(one: str, other: str) -> bool:
+    """Whether one name has all words of the other."""
+    first, second = set(one.split()), set(other.split())
+    return first <= second or second <= first
+
+
+def _numbered(names: Sequence[str]) -> bool:
+    """Whether classes behind the background have only numbers."""
+    return all(name.removesuffix(" class").isdigit() for name in names[1:])
+
+
+def _tell_spellings(own: LabelMap, taken: LabelMap) -> None:
+    """Say which classes are taken for one another though their names differ."""
+    if _numbered([_plain(name) for name in taken.names]):
+        log.info(
+            "the network's classes have no names: they are taken in the order of the data set (%s, ...)", own.names[1]
+        )
+        return
+    if {_plain(name) for name in own.names} != {_plain(name) for name in taken.names}:
+        pairs = zip(own.names, taken.names, strict=True)
+        told = [f"{one} = {other}" for one, other in pairs if _plain(one) != _plain(other)]
+        log.info("taken for the same classes: %s", _few(told))
+
+
+def _other_classes(label_map: LabelMap, manifest: Manifest) -> str:
+    """How the classes of a data set differ from a network's, as the end of a sentence about its labels."""
+    if len(label_map.names) != manifest.classes:
+        return f"are of {len(label_map.names)} classes (the network has {manifest.classes})"
+    known = {_plain(name) for name in manifest.labels}
+    return f"are of other classes than the network's: {_few([name for name in label_map.names if _plain(name) not in known])}"
+
+
+def _few(things: Sequence[str]) -> str:
+    more = len(things) - SHOWN_FILES
+    return ", ".join(things[:SHOWN_FILES]) + (f" and {more} more" if more > 0 else "")
 
 
 def _plain(name: str) -> str:
-    return name.casefold().replace("_", " ").replace("-", " ").strip()
+    """A name without what people write differently: TotalSegmentator's kidney_left is BTCV's left kidney."""
+    return " ".join(sorted(name.casefold().replace("_", " ").replace("-", " ").split()))
 
 
 def described(found: Dataset) -> str:
@@ -172,8 +237,7 @@ def _reasons(ignored: Sequence[Ignored]) -> Iterator[str]:
     for one in ignored:
         by_reason.setdefault(one.reason, []).append(one.path.name)
     for reason, names in by_reason.items():
-        more = len(names) - SHOWN_FILES
-        yield f"{reason}: {', '.join(names[:SHOWN_FILES])}{f' and {more} more' if more > 0 else ''}"
+        yield f"{reason}: {_few(names)}"
 
 
 def _labelled(found: Dataset) -> str:

@@ -158,6 +158,8 @@ def deploy(options: DeployOptions) -> tuple[CaseResult, ...]:
     warn_of_calibration_cases(deployment.manifest, cases)
     output = options.output or Path(f"segmentations-{options.model.name.removesuffix('.onnx')}")
     writing = Writing(output, options.output_type, deployment.manifest.labels, _algorithm(deployment.manifest))
+    for case in found.cases:  # with all labels that lie in the data, also those that are of other classes
+        writing.require_possible(case)
     plan = CaseOptions(restore=options.restore, crop=options.crop, skip_empty=options.skip_empty)
     limit = None if options.max_memory is None else round(options.max_memory * 1e9)
     return deploy_cases(
@@ -292,7 +294,7 @@ class _Flow:
             image = read_image(case)
             read = perf_counter() - start
             prepared = prepared_case(image, self.deployment.preprocessing, self.options)
-            truth = true_classes(case, image, self.label_map)
+            truth = true_classes(case, image.grid, self.label_map)
         except (Ptq3dError, MemoryError) as error:
             return _Case(case, error=_ended(error))
         return _Case(case, {"read": read, "preprocess": prepared.seconds}, prepared, truth)

@@ -186,10 +186,6 @@ def train(options: TrainOptions) -> TrainingResult:
     from ptq3d.training import train as run
 
     found = with_labels(find_data(options.data, options.labels, split=options.split, usual=("train",)), options.labels)
-    if options.split is None and found.splits and "train" not in found.splits:
-        raise OptionError(
-            f"{options.data} has no split 'train' but {', '.join(found.splits)}. Say what to train on with --split, or --split all."
-        )
     prepared = preprocessing_of(options.preprocessing)
     if options.spacing is not None:
         prepared = replace(prepared, spacing=options.spacing)

@@ -120,7 +120,11 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
     own, others = (tuple(row for case in part for row in case) for part in (scores[: len(pairs)], scores[len(pairs) :]))
     found = None
     if options.margin is not None:
-        _, reference, candidate = paired_means(others, own)
+        cases, reference, candidate = paired_means(others, own)
+        if not cases:
+            raise LabelError(
+                f"no label map in {options.labels}, nor one held against it, has any class: nothing can be shown."
+            )
         found = non_inferiority(reference, candidate, margin=options.margin)
     if options.csv is not None:
         sources = {str(options.predictions): own, **({str(options.reference): others} if others else {})}
@@ -147,6 +151,12 @@ class _Maps:
 
 def _pairs(predictions: Path, labels: Path) -> list[_Pair]:
     cases = find_cases(predictions, labels, required_labels=True)
+    several = [case.name for case in cases if len(case.images) > 1]
+    if several:
+        raise OptionError(
+            f"{predictions}: {several[0]}_0000, {several[0]}_0001, ... are channels by their names; wanted one label map a "
+            "case, rename them."
+        )
     return [_Pair(case.name, place_of(case.images[0]), case.label_files[0]) for case in cases]
 
 
@@ -201,7 +211,7 @@ def _maps(pairs: Sequence[_Pair], path: Path | None, *, surfaces: bool) -> _Maps
 def _read(pair: _Pair) -> tuple[Volume, Volume]:
     """Prediction and truth, values as in their files."""
     prediction, truth = load_labels(pair.prediction), load_labels(pair.truth)
-    require_same_grid(truth, prediction, image_path=pair.truth, label_path=pair.prediction)
+    require_same_grid(truth.grid, prediction.grid, image_path=pair.truth, label_path=pair.prediction)
     return prediction, truth
 
 

@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def compare_table(found: Comparison) -> Table:
             f"{first.size_bytes / row.size_bytes:.2f}",
             f"{row.latency.median:.1f} ({row.latency.p5:.1f}-{row.latency.p95:.1f})",
             f"{first.latency.median / row.latency.median:.2f}",
-            f"{sum(row.case_seconds) / len(row.case_seconds):.2f}",
+            f"{median(row.case_seconds):.2f}",
             f"{row.peak_memory_bytes / 1e9:.2f}",
             "-" if row.mean_dice is None else f"{row.mean_dice:.4f}",
             "-" if change is None else f"{change.mean:+.4f} [{change.low:+.4f}, {change.high:+.4f}]",

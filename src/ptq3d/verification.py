@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ptq3d.data import find_data, judged_by, without_labels
+from ptq3d.data import find_data, judged_by, with_labels, without_labels
 from ptq3d.datasets.cases import Case
 from ptq3d.datasets.dataset import Dataset
 from ptq3d.datasets.label_map import LabelMap
@@ -134,7 +134,8 @@ def _validation(options: QuantizeOptions) -> Dataset | None:
     if options.validation_data is None:
         return None
     found = find_data(options.validation_data, options.validation_labels, usual=("val", "test"))
-    return found if options.validation_labels is not None else without_labels(found)
+    labels = options.validation_labels
+    return without_labels(found) if labels is None else with_labels(found, labels)
 
 
 @contextmanager

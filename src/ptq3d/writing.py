@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ptq3d.datasets.cases import Case
 from ptq3d.errors import OptionError
-from ptq3d.volumes.files import save_labels
+from ptq3d.volumes.files import is_dicom, save_labels
 from ptq3d.volumes.source import Series, place_of
 from ptq3d.volumes.volume import Volume
 
@@ -73,14 +73,14 @@ class Writing:
         Raises:
             OptionError: an input would be overwritten, or a DICOM object wanted of an image that is no DICOM series.
         """
-        path = self.path_of(case)
+        path = self.path_of(case).resolve()
         for source in case.images:
-            if isinstance(source, Series) and self.folder.resolve().is_relative_to(source.place.resolve()):
+            if isinstance(source, Series) and path.is_relative_to(source.place.resolve()):
                 raise OptionError(f"{self.folder} lies among the slices of {source.place}. Choose another --output.")
         for given in (*map(place_of, case.images), *case.label_files):
-            if path.resolve() == given.resolve():
+            if path == given.resolve():
                 raise OptionError(f"{given} is an input and would be overwritten. Choose another --output.")
-        if OUTPUT_TYPES[self.output_type].write is not None and not isinstance(case.images[0], Series):
+        if OUTPUT_TYPES[self.output_type].write is not None and not is_dicom(case.images[0]):
             raise OptionError(
                 f"--output-type {self.output_type} refers to the slices of a DICOM series, but {case.where} is none. "
                 "Write nifti or nrrd, or give the series."

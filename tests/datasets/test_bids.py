@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from placing import left_out, told, touch, volume
 
-from ptq3d.datasets.cases import read_image, read_labels, true_classes
+from ptq3d.datasets.cases import read_grid, read_image, read_labels, true_classes
 from ptq3d.datasets.layouts import open_dataset
 from ptq3d.errors import FileError, LabelError
 
@@ -43,7 +43,7 @@ def test_values_become_the_classes_of_the_table(tmp_path: Path) -> None:
     (tmp_path / MANUAL[0].replace(".nii.gz", ".tsv")).write_text("index\tname\n1\tGM\n7\tWM\n", encoding="utf-8")
     found = open_dataset(tmp_path)
     assert found.label_map is not None
-    classes = true_classes(found.cases[0], read_image(found.cases[0]), found.label_map)
+    classes = true_classes(found.cases[0], read_grid(found.cases[0]), found.label_map)
     assert classes is not None
     assert classes.ravel().tolist() == [0, 1, 2, 2]
 

@@ -9,7 +9,7 @@ import pytest
 from placing import dumped, left_out, told, touch, volume
 
 from ptq3d.datasets.btcv import BTCV_ORGANS
-from ptq3d.datasets.cases import read_image, true_classes
+from ptq3d.datasets.cases import read_grid, true_classes
 from ptq3d.datasets.layouts import open_dataset
 from ptq3d.datasets.phantoms import write_phantoms
 from ptq3d.errors import FileError, LabelError
@@ -126,7 +126,7 @@ def test_values_are_the_classes(tmp_path: Path) -> None:
     volume(tmp_path / "labels/label0001.nii.gz", values)
     found = open_dataset(tmp_path)
     assert found.label_map is not None
-    classes = true_classes(found.cases[0], read_image(found.cases[0]), found.label_map)
+    classes = true_classes(found.cases[0], read_grid(found.cases[0]), found.label_map)
     assert classes is not None
     np.testing.assert_array_equal(classes.ravel(), values)
 

@@ -16,6 +16,10 @@ from ptq3d.volumes.source import Series
 SLICE = bytes(128) + b"DICM"
 
 
+class NoSeriesError(FileError):
+    pass
+
+
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two series in every place whose name has "two", otherwise one."""
@@ -25,12 +29,16 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
         return tuple(Series(place, uid, ("a",)) for uid in (("1.1", "1.2") if "two" in place.name else ("1.1",)))
 
     def only_series(place: Path, wanted: str | None) -> Series:
+        if "none" in place.name:
+            raise NoSeriesError(f"{place} holds no DICOM images.")
         found = [series for series in find_series(place) if wanted in (None, series.uid)]
+        if not found:
+            raise NoSeriesError(f"{place} has no series '{wanted}'.")
         if len(found) != 1:
             raise FileError(f"{place} holds several series; choose one with --series.")
         return found[0]
 
-    module.__dict__.update(find_series=find_series, only_series=only_series)
+    module.__dict__.update(find_series=find_series, only_series=only_series, NoSeriesError=NoSeriesError)
     monkeypatch.setitem(sys.modules, "ptq3d.volumes.dicom", module)
     import ptq3d.volumes
 
@@ -84,6 +92,34 @@ def test_patients_hold_their_series_at_any_depth(tmp_path: Path) -> None:
     found = open_dataset(tmp_path)
     assert [case.name for case in found.cases] == ["p1", "p2"]
     assert left_out(found) == {"none": "no DICOM file in it"}
+
+
+def test_a_place_that_cannot_be_used_does_not_end_the_others(tmp_path: Path) -> None:
+    """An archive's folder of segmentations, a zip of code, a patient with two series."""
+    for name in ("a", "b two", "none of it"):
+        slices(tmp_path / name)
+    found = open_dataset(tmp_path)
+    assert [(case.name, str(case.images[0])) for case in found.cases] == [
+        ("a", f"{tmp_path / 'a'} (series 1.1)"),
+        ("b two", str(tmp_path / "b two")),  # told when it is read
+    ]
+    assert left_out(found) == {"none of it": "no DICOM images in it"}
+    chosen = open_dataset(tmp_path, series="1.2")
+    assert [str(case.images[0]) for case in chosen.cases] == [f"{tmp_path / 'b two'} (series 1.2)"]
+    assert left_out(chosen) == {"a": "no series '1.2' in it", "none of it": "no series '1.2' in it"}
+    with pytest.raises(FileError, match="no case in it"):
+        open_dataset(tmp_path, series="1.9")
+
+
+def test_labels_of_names_with_dots_and_of_every_series(tmp_path: Path) -> None:
+    slices(tmp_path / "scans/1.2.3")
+    slices(tmp_path / "scans/1.2.4")
+    labels = touch(tmp_path / "labels", "1.2.3.nii.gz", "1.2.4.nii.gz")
+    found = open_dataset(tmp_path / "scans", labels)
+    assert [case.labels for case in found.cases] == [labels / "1.2.3.nii.gz", labels / "1.2.4.nii.gz"]
+    both = touch(tmp_path / "both", "two_1.nii.gz", "two_2.nii.gz")
+    found = open_dataset(slices(tmp_path / "two"), both, series="all")
+    assert [case.labels for case in found.cases] == [both / "two_1.nii.gz", both / "two_2.nii.gz"]
 
 
 def test_a_folder_with_an_index_is_one_place(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from placing import left_out, touch, volume
 
-from ptq3d.datasets.cases import Mask, read_image, read_labels, true_classes
+from ptq3d.datasets.cases import Mask, read_grid, read_labels, true_classes
 from ptq3d.datasets.layouts import open_dataset
 from ptq3d.datasets.totalsegmentator import MR_CLASSES, TABLES, V1_CLASSES, V2_CLASSES
 from ptq3d.errors import FileError
@@ -93,7 +93,7 @@ def test_masks_are_merged_and_the_later_class_wins(tmp_path: Path) -> None:
     assert labels is not None
     assert labels.data.ravel().tolist() == [1, 5, 5, 0]
     assert found.label_map is not None
-    classes = true_classes(found.cases[0], read_image(found.cases[0]), found.label_map)
+    classes = true_classes(found.cases[0], read_grid(found.cases[0]), found.label_map)
     assert classes is not None
     assert classes.ravel().tolist() == [1, 5, 5, 0]
 

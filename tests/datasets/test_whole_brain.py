@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from placing import told, touch, volume
 
-from ptq3d.datasets.cases import read_image, true_classes
+from ptq3d.datasets.cases import read_grid, true_classes
 from ptq3d.datasets.label_map import LabelMap
 from ptq3d.datasets.layouts import open_dataset
 from ptq3d.datasets.whole_brain import BRAINCOLOR, BRAINCOLOR_IDS, WHOLE_BRAIN_NAMES, label_map_of
@@ -53,7 +53,7 @@ def test_the_real_set_is_recognised(shared: Path) -> None:
     assert found.label_map == BRAINCOLOR
     assert all(case.labels == Path(case.where.replace("/images/", "/labels/")) for case in found.cases)
     case = found.cases[0]
-    classes = true_classes(case, read_image(case), BRAINCOLOR)
+    classes = true_classes(case, read_grid(case), BRAINCOLOR)
     stored = np.asanyarray(nibabel.load(case.label_files[0]).dataobj)
     assert classes is not None
     for value in np.unique(stored):
@@ -79,7 +79,7 @@ def test_labels_beside_or_in_folders(tmp_path: Path, image: str, label: str, val
     assert found.layout == "whole brain"
     assert [row[2:] for row in told(found)] == [(image, label)]
     assert found.label_map is not None
-    classes = true_classes(found.cases[0], read_image(found.cases[0]), found.label_map)
+    classes = true_classes(found.cases[0], read_grid(found.cases[0]), found.label_map)
     assert classes is not None
     np.testing.assert_array_equal(classes.ravel(), np.arange(133))
 

@@ -82,10 +82,10 @@ def test_a_grid_moved_by_some_voxels_is_that_far(shape: tuple[int, int, int], af
 def test_image_and_labels_must_share_their_grid() -> None:
     image = Volume(noise((1, 10, 10, 10)), np.diag([1.0, 1.0, 2.0, 1.0]))
     rounded = Volume(np.zeros((1, 10, 10, 10), np.uint8), np.diag([1.001, 1.0, 2.0, 1.0]))
-    require_same_grid(image, rounded, image_path=IMAGE, label_path=LABEL)
+    require_same_grid(image.grid, rounded.grid, image_path=IMAGE, label_path=LABEL)
     other = Volume(np.zeros((1, 10, 10, 10), np.uint8), np.diag([1.1, 1.0, 2.0, 1.0]))
     with pytest.raises(GeometryError, match=r"label0001\.nii\.gz lies up to 0\.9 voxels beside its image img0001"):
-        require_same_grid(image, other, image_path=IMAGE, label_path=LABEL)
+        require_same_grid(image.grid, other.grid, image_path=IMAGE, label_path=LABEL)
     cropped = Volume(np.zeros((1, 10, 9, 10), np.uint8), image.affine)
     with pytest.raises(GeometryError, match=r"\(10, 9, 10\) voxels but its image"):
-        require_same_grid(image, cropped, image_path=IMAGE, label_path=LABEL)
+        require_same_grid(image.grid, cropped.grid, image_path=IMAGE, label_path=LABEL)

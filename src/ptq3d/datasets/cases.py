@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -61,12 +62,13 @@ class Case:
             return ()
         return (self.labels,) if isinstance(self.labels, Path) else tuple(mask.path for mask in self.labels)
 
-    @property
+    @cached_property
     def digest(self) -> str:
-        """The SHA-256 of the images' files; of one file, that file's own.
+        """The SHA-256 of the images' files, read once; of one file, that file's own.
 
         Raises:
-            OSError: a file cannot be read.
+            FileError: a DICOM file cannot be read.
+            OSError: another file cannot be read.
         """
         return digest(*self.images)
 
@@ -85,10 +87,18 @@ def read_image(case: Case) -> Volume:
         FileError, GeometryError, IntensityError: see `load_image`.
         GeometryError: channels lie on different grids.
     """
-    first, *others = (load_image(source, channels=case.stacked) for source in case.images)
-    for other, source in zip(others, case.images[1:], strict=True):
-        require_same_grid(first, other, image_path=case.images[0], label_path=source)
-    return Volume(np.concatenate([first.data, *(other.data for other in others)]), first.affine) if others else first
+    first = load_image(case.images[0], channels=case.stacked)
+    if len(case.images) == 1:
+        return first
+    data = np.empty((case.channels, *first.shape), np.float32)
+    data[: case.stacked] = first.data
+    grid = first.grid
+    del first  # one channel at a time beside the result
+    for number, source in enumerate(case.images[1:], 1):
+        other = load_image(source, channels=case.stacked)
+        require_same_grid(grid, other.grid, image_path=case.images[0], label_path=source)
+        data[number * case.stacked : (number + 1) * case.stacked] = other.data
+    return Volume(data, grid[1])
 
 
 def read_grid(case: Case) -> Grid:
@@ -131,13 +141,18 @@ def _painted(onto: Volume | None, mask: Mask, first: Mask) -> Volume:
     found = load_labels(mask.path)
     if onto is None:
         onto = Volume(np.zeros(found.data.shape, np.uint16), found.affine)
-    require_same_grid(onto, found, image_path=first.path, label_path=mask.path)
+    require_same_grid(onto.grid, found.grid, image_path=first.path, label_path=mask.path)
     onto.data[found.data > 0] = mask.value
     return onto
 
 
-def true_classes(case: Case, image: Volume, label_map: LabelMap) -> np.ndarray | None:
+def true_classes(case: Case, grid: Grid, label_map: LabelMap) -> np.ndarray | None:
     """(X, Y, Z) classes of a case's labels, None where it has none.
+
+    Args:
+        case: whose labels are read.
+        grid: of its image.
+        label_map: from the values of label files to classes.
 
     Raises:
         GeometryError: the label map lies on another grid than the image.
@@ -147,5 +162,5 @@ def true_classes(case: Case, image: Volume, label_map: LabelMap) -> np.ndarray |
     if labels is None:
         return None
     where = case.label_files[0]
-    require_same_grid(image, labels, image_path=case.images[0], label_path=where)
+    require_same_grid(grid, labels.grid, image_path=case.images[0], label_path=where)
     return label_map.apply(labels.data[0], where=where)

@@ -8,6 +8,7 @@ from pathlib import Path
 from ptq3d.datasets.cases import Case
 from ptq3d.datasets.contents import DICOM_INDEX, Contents, contents, is_file, is_folder, looks_like_dicom
 from ptq3d.datasets.dataset import Dataset, Ignored, arranged
+from ptq3d.errors import FileError
 from ptq3d.volumes.source import Source
 
 LAYOUT = "DICOM"
@@ -25,15 +26,20 @@ def find(root: Path, series: str | None = None) -> Dataset | None:
             them, whose cases are then named with a number.
 
     Returns:
-        None where no such place holds DICOM, or there are other volumes beside them.
+        None where no such place holds DICOM, or there are other volumes beside them. Of several places, one without images
+        (or without the series that is asked for) is ignored.
 
     Raises:
-        FileError, UnavailableError: see `ptq3d.volumes.dicom`.
+        FileError: `root` is the one place, and cannot be read or holds several series; or no place has a series.
+        UnavailableError: see `ptq3d.volumes.dicom`.
     """
     places, ignored = _places(root)
     if not places:
         return None
-    return Dataset(LAYOUT, root, arranged(case for place in places for case in _cases(place, series)), ignored=ignored)
+    if places == [root]:
+        return Dataset(LAYOUT, root, arranged(_cases(root, series)), ignored=ignored)
+    cases, empty = _of_places(places, series)
+    return Dataset(LAYOUT, root, arranged(cases), ignored=(*ignored, *empty))
 
 
 def source_of(path: Path) -> Source:
@@ -83,10 +89,31 @@ def _is_dicom_file(path: Path) -> bool:
     return path.suffix.lower() == ".zip" or looks_like_dicom(path)
 
 
+def _of_places(places: list[Path], series: str | None) -> tuple[list[Case], list[Ignored]]:
+    """The cases of several places. One that cannot be read, or holds several series, fails when its case is read."""
+    from ptq3d.volumes.dicom import NoSeriesError
+
+    cases: list[Case] = []
+    empty: list[Ignored] = []
+    for place in places:
+        try:
+            cases += _cases(place, series)
+        except NoSeriesError:
+            reason = "no DICOM images in it" if series in (None, ALL) else f"no series '{series}' in it"
+            empty.append(Ignored(place, reason))
+        except FileError:
+            cases.append(Case(_name(place), (place,)))
+    return cases, empty
+
+
+def _name(place: Path) -> str:
+    return place.name if is_folder(place) else place.stem
+
+
 def _cases(place: Path, series: str | None) -> list[Case]:
     from ptq3d.volumes.dicom import find_series, only_series
 
-    name = place.name if is_folder(place) else place.stem
+    name = _name(place)
     if series != ALL:
         return [Case(name, (only_series(place, series),))]
     found = find_series(place)

@@ -11,7 +11,7 @@ from ptq3d.datasets.contents import Contents, contents, is_file, is_folder, stem
 from ptq3d.datasets.dataset import Dataset, Ignored, arranged
 from ptq3d.datasets.pairing import case_name, channels_of_cases, label_ending, partners, without_label_ending
 from ptq3d.errors import FileError, LabelError
-from ptq3d.volumes.files import FORMATS
+from ptq3d.volumes.files import FORMATS, is_dicom
 from ptq3d.volumes.source import place_of
 
 LAYOUT = "folder"
@@ -138,8 +138,15 @@ def labelled(cases: Sequence[Case], labels: Sequence[Path], place: Path) -> list
     Raises:
         LabelError: see `find_cases`.
     """
-    found = partners([place_of(case.images[0]) for case in cases], labels, place)
+    images = [_named(case) for case in cases]
+    found = partners(images, labels, place)
     return [replace(case, labels=label) for case, label in zip(cases, found, strict=True)]
+
+
+def _named(case: Case) -> Path:
+    """The file that a case is paired by: the image, or for a DICOM series what a volume file of its name would be."""
+    image = case.images[0]
+    return place_of(image).parent / f"{case.name}.nii.gz" if is_dicom(image) else place_of(image)
 
 
 def _contents(place: Path, what: str) -> Contents:

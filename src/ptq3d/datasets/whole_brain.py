@@ -158,7 +158,10 @@ def find(root: Path) -> Dataset | None:
     found = _labelled(root)
     values = _values([file for case in found.cases for file in case.label_files]) if found else None
     label_map = None if values is None else label_map_of(values)
-    return replace(found, layout=LAYOUT, label_map=label_map) if found and label_map else None
+    if found is None or label_map is None:
+        return None
+    choices = {name: replace(one, layout=LAYOUT, label_map=label_map) for name, one in found.choices.items()}
+    return replace(found, layout=LAYOUT, label_map=label_map, choices=choices)
 
 
 def _values(labels: Sequence[Path]) -> np.ndarray | None:

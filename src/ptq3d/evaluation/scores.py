@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq3d.errors import LabelError, OptionError
+from ptq3d.errors import OptionError
 from ptq3d.evaluation.metrics import dice_per_class, volumes_ml
 from ptq3d.evaluation.statistics import Interval, MedianInterval, median_bootstrap, paired_bootstrap
 from ptq3d.evaluation.surfaces import require_surfaces, right_angled_spacing, surface_distances
@@ -154,11 +154,10 @@ def paired_means(
         candidate: likewise.
 
     Returns:
-        Names of the cases, (cases,) of the reference, (cases,) of the candidate.
+        Names of the cases (none where no case has any class), (cases,) of the reference, (cases,) of the candidate.
 
     Raises:
         OptionError: they are of different cases.
-        LabelError: no case has any class.
     """
     first, second = case_means(reference), case_means(candidate)
     if set(first) != set(second):
@@ -166,10 +165,6 @@ def paired_means(
             f"only one of the two has the cases {sorted(set(first) ^ set(second))}; compare label maps of the same cases."
         )
     kept = tuple(case for case in first if not (np.isnan(first[case]) and np.isnan(second[case])))
-    if not kept:
-        raise LabelError(
-            "no case has a class in its labels or in its label map, so nothing can be held against each other."
-        )
     values = np.array([[one[case] for case in kept] for one in (first, second)], np.float64)
     values[np.isnan(values)] = 1.0
     return kept, values[0], values[1]

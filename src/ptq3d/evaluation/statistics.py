@@ -225,10 +225,7 @@ def non_inferiority(
     Source: Piaggio et al. 2012, CONSORT extension for noninferiority trials, doi:10.1001/jama.2012.87802 (margin and interval);
     Efron and Tibshirani 1993, sections 12.5 and 13.3 (t and percentile intervals).
     """
-    if not 0.0 < margin < np.inf:
-        raise OptionError(
-            f"the margin of non-inferiority must be above 0, got {margin}; give --margin 0.01, for example."
-        )
+    require_margin(margin)
     changes = _changes(reference, candidate)
     drawn = paired_bootstrap(np.zeros(changes.size), changes, confidence=confidence)
     low, high = _t_interval(changes, confidence)

@@ -48,7 +48,7 @@ def read_case(case: Case, options: TrainingOptions) -> TrainingCase:
         FileError, GeometryError, IntensityError, LabelError: the case cannot be used; the message names its file.
     """
     image = read_image(case)
-    classes = true_classes(case, image, options.label_map)
+    classes = true_classes(case, image.grid, options.label_map)
     if classes is None:
         raise LabelError(f"{case.where}: has no label map.")
     try:

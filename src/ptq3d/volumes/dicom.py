@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq3d.errors import FileError, InputError
+from ptq3d.errors import FileError, InputError, clipped
 from ptq3d.volumes.dicom_files import DIRECTORY, PREAMBLE, Files, read_header, reading, require_pydicom
 from ptq3d.volumes.dicom_geometry import KEYWORDS, Slice, Stack, slices_of, stacked
 from ptq3d.volumes.dicom_pixels import require_decoders, require_room, voxels
@@ -28,6 +28,10 @@ TOLD_TILT_DEGREES = 0.1
 EMPTY = "empty"
 SHORTEST_END = 6  # of a UID: a number with fewer digits that no series has would end some UID by chance
 IMAGE = "Image Storage"  # what the names of all SOP classes of images hold
+
+
+class NoSeriesError(FileError):
+    """A place holds no images, or not the series that was asked for."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class _Found:
 
     @property
     def line(self) -> str:
-        return f"{self.series.description} ({self.slices} slices, UID ...{self.series.uid[-12:]})"
+        return f"{self.series.description} ({self.slices} slices, UID ...{clipped(self.series.uid[-12:])})"
 
 
 def find_series(place: Path) -> tuple[Series, ...]:
@@ -87,7 +91,7 @@ def only_series(place: Path, wanted: str | None = None) -> Series:
     if wanted is not None:
         fitting = _fitting(found, wanted.strip())
         if not fitting:
-            raise FileError(f"{place} has no series '{wanted}'; choose with --series among: {_listed(found)}.")
+            raise NoSeriesError(f"{place} has no series '{wanted}'; choose with --series among: {_listed(found)}.")
     else:
         fitting = found
         patients = sorted({one.patient for one in found})
@@ -167,7 +171,7 @@ def _find(place: Path) -> list[_Found]:
             if reason is not None:
                 passed[where] = reason
     if not groups:
-        raise FileError(
+        raise NoSeriesError(
             f"{place} holds no DICOM images ({len(passed)} files{': ' * bool(passed)}{_kinds(passed)}); "
             "name a folder, .zip or file with the images of a series."
         )
@@ -198,8 +202,9 @@ def _passed_over(header: Header, where: str) -> str | None:
         return "a DICOMDIR, whose images are elsewhere"
     if kind is None:
         raise FileError(f"{where} is DICOM without a SOPClassUID: truncated or broken; copy it again, or remove it.")
-    name = UID(kind).name
-    if IMAGE not in name and not (UID(kind).is_private and header.get("Rows")):
+    uid = UID(str(kind))
+    name = clipped(uid.name)
+    if IMAGE not in name and not (uid.is_private and header.get("Rows")):
         return f"DICOM of kind '{name}'"
     if not header.get("SeriesInstanceUID") or not header.get("Rows") or not header.get("Columns"):
         raise FileError(f"{where} ends before its image is described: truncated or broken; copy it again.")

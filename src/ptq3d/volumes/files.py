@@ -123,7 +123,7 @@ def load_labels(source: Source) -> Volume:
         GeometryError: as `load_image`.
         LabelError: values that are not whole numbers in 0..65535.
     """
-    if isinstance(source, Series) or _is_dicom(Path(source)):
+    if isinstance(source, Series) or is_dicom(source):
         raise FileError(f"{source}: labels are not read from DICOM; convert them to one of {', '.join(FORMATS)}.")
     path = Path(source)
     data, affine = _read(path, None, 1)
@@ -198,15 +198,22 @@ def _suffix(path: Path) -> str:
     return suffix
 
 
-def _is_dicom(path: Path) -> bool:
-    """What may hold a series: a .zip or .dcm file, or a folder whose name is not that of a volume."""
+def is_dicom(source: Source) -> bool:
+    """Whether a source is a series, or may hold one: a .zip or .dcm file, or a folder whose name is not that of a volume.
+
+    Raises:
+        FileError: there is nothing.
+    """
+    if isinstance(source, Series):
+        return True
+    path = Path(source)
     folder = stat.S_ISDIR(_mode(path))
     return volume_suffix(path.name) is None and (folder or path.suffix.lower() in (".dcm", ".zip"))
 
 
 def _resolved(source: Source) -> Source:
     """The DICOM series that a source is, or the path of a file of one of `FORMATS`."""
-    if isinstance(source, Series) or not _is_dicom(Path(source)):
+    if isinstance(source, Series) or not is_dicom(source):
         return source
     from ptq3d.volumes.dicom import only_series
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -29,6 +28,8 @@ class Series:
         return f"{self.place} (series {self.description or self.uid})"
 
 
+PIECE_BYTES = 1 << 20
+
 Source: TypeAlias = Path | Series
 """A volume file, or a DICOM series."""
 
@@ -42,18 +43,27 @@ def digest(*sources: Source) -> str:
     """The SHA-256 of the bytes of all files, hexadecimal; of several files, the SHA-256 of their digests in order.
 
     Raises:
-        OSError: a file cannot be read.
+        FileError: a DICOM file or archive cannot be read.
+        OSError: another file cannot be read.
     """
     digests = [found for source in sources for found in _digests(source)]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def _digests(source: Source) -> list[str]:
-    if isinstance(source, Series) and source.place.suffix.lower() == ".zip":
-        with zipfile.ZipFile(source.place) as archive:
-            return [hashlib.sha256(archive.read(name)).hexdigest() for name in source.members]
-    paths = [source.place / name for name in source.members] if isinstance(source, Series) else [source]
-    return [sha256(path) for path in paths]
+    if not isinstance(source, Series):
+        return [sha256(source)]
+    from ptq3d.volumes.dicom_files import Files, reading
+
+    digests = []
+    with Files(source.place) as files:
+        for name in source.members:
+            found = hashlib.sha256()
+            with reading(files.called(name)), files.open(name) as file:
+                while piece := file.read(PIECE_BYTES):
+                    found.update(piece)
+            digests.append(found.hexdigest())
+    return digests
 
 
 def sha256(path: Path) -> str:

@@ -141,24 +141,24 @@ def grid_distance(first: Affine, second: Affine, shape: Shape) -> float:
     return float(np.abs(moved - corners).max())
 
 
-def require_same_grid(image: Volume, label: Volume, *, image_path: Source, label_path: Source) -> None:
+def require_same_grid(image: Grid, label: Grid, *, image_path: Source, label_path: Source) -> None:
     """Refuse an image and labels whose voxels do not lie in the same places.
 
     Args:
-        image: the image as loaded.
-        label: its labels as loaded.
+        image: of the image as loaded.
+        label: of its labels as loaded.
         image_path: named in the error.
         label_path: named in the error.
 
     Raises:
         GeometryError: the shapes differ, or a corner lies more than a tenth of a voxel from its twin.
     """
-    if image.shape != label.shape:
+    if image[0] != label[0]:
         raise GeometryError(
-            f"{label_path} has {label.shape} voxels but its image {image_path} has {image.shape}; "
+            f"{label_path} has {label[0]} voxels but its image {image_path} has {image[0]}; "
             "resample the labels onto the image, or pair the right files."
         )
-    distance = grid_distance(image.affine, label.affine, image.shape)
+    distance = grid_distance(image[1], label[1], image[0])
     if distance > SAME_GRID_VOXELS:
         raise GeometryError(
             f"{label_path} lies up to {distance:.3g} voxels beside its image {image_path} (their affines differ); "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import multiprocessing
 import os
 from collections import defaultdict
@@ -17,17 +18,20 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq3d.data import find_data, numbered
+from ptq3d.data import find_data
+from ptq3d.datasets import dicom_series
 from ptq3d.datasets.cases import Case, read_grid, read_image, read_labels
 from ptq3d.datasets.dataset import Dataset
 from ptq3d.datasets.label_map import LabelMap
-from ptq3d.errors import EngineError, GeometryError, InputError, LabelError
+from ptq3d.errors import EngineError, FileError, GeometryError, InputError, LabelError, numbered
 from ptq3d.memory import available_bytes
 from ptq3d.options import DataCheckOptions, DataShowOptions
 from ptq3d.progress import Progress, bar, silent
 from ptq3d.volumes.resample import oriented_grid
+from ptq3d.volumes.source import Series
 from ptq3d.volumes.volume import Volume, axcodes_of, require_same_grid
 
+log = logging.getLogger("ptq3d")
 Severity: TypeAlias = Literal["error", "warning"]
 OUTLIER = 3.0  # a spacing this many times the set's median, or less than its part, is likely a wrong header
 BYTES_A_VOXEL = 20  # the file, its array, float32, labels, and what is compared
@@ -126,12 +130,19 @@ class Checked:
 
 
 def show(options: DataShowOptions) -> tuple[Dataset, list[tuple[str, ...]]]:
-    """What `--data` names, and a row of words for each case: name, split, channels, voxels, spacing, axes, labels.
+    """What `--data` names, and a row of words for each case: name, split, image, channels, voxels, spacing, axes, labels.
+
+    Where one DICOM series would have to be chosen, all are shown.
 
     Raises:
         FileError, LabelError: see `find_data`.
     """
-    found = find_data(options.data, options.labels, series=options.series)
+    try:
+        found = find_data(options.data, options.labels, series=options.series)
+    except FileError:
+        if options.series is not None or dicom_series.find(options.data, dicom_series.ALL) is None:
+            raise
+        found = find_data(options.data, options.labels, series=dicom_series.ALL)  # to choose from
     return found, [_shown(case) for case in found.cases]
 
 
@@ -139,15 +150,21 @@ def _shown(case: Case) -> tuple[str, ...]:
     """A case by its headers."""
     files = case.label_files
     labels = "none" if not files else files[0].name if len(files) == 1 else f"{len(files)} masks"
+    known = (case.name, case.split, _image(case), str(case.channels))
     try:
         shape, affine = read_grid(case)
     except InputError as error:
-        return case.name, case.split, str(case.channels), f"unreadable: {error}", "", "", labels
+        log.warning("%s", error)
+        return (*known, "unreadable", "", "", labels)
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    return (
-        case.name, case.split, str(case.channels), " x ".join(map(str, shape)),
-        " x ".join(f"{size:.3g}" for size in spacing), axcodes_of(affine), labels,
-    )  # fmt: skip
+    sizes = (" x ".join(map(str, shape)), " x ".join(f"{size:.3g}" for size in spacing), axcodes_of(affine))
+    return (*known, *sizes, labels)
+
+
+def _image(case: Case) -> str:
+    """What the first image is called."""
+    source = case.images[0]
+    return source.description or f"UID {source.uid}" if isinstance(source, Series) else source.name
 
 
 def check(options: DataCheckOptions) -> Checked:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from tyro.conf import subcommand
 
-from ptq3d.errors import FileError, Ptq3dError
+from ptq3d.errors import FileError, Ptq3dError, numbered
 from ptq3d.options import (
     BuildOptions,
     CalibrateOptions,
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 def show_data(options: DataShowOptions) -> None:
     """Run `ptq3d data show`."""
     found, cases = _verb("ptq3d.checking", "show")(options)
-    table = new_table("case", "split", "channels", "voxels", "spacing mm", "axes", "labels")
+    table = new_table("case", "split", "image", "channels", "voxels", "spacing mm", "axes", "labels")
     for case in cases:
         table.add_row(*case)
     _show(options, table)
@@ -98,10 +98,8 @@ def calibrate(options: CalibrateOptions) -> None:
     """Run `ptq3d calibrate`."""
     written = _verb("ptq3d.pipeline", "calibrate")(options)
     facts = written.facts
-    _say(
-        options,
-        f"{written.path}: {facts['windows']} windows of {' x '.join(map(str, facts['window']))} voxels from {len(facts['cases'])} cases",
-    )
+    size, cases = " x ".join(map(str, facts["window"])), numbered(len(facts["cases"]), "case")
+    _say(options, f"{written.path}: {facts['windows']} windows of {size} voxels from {cases}")
     _report(options, {"path": str(written.path), "size_bytes": written.size_bytes, **facts})
 
 
@@ -147,9 +145,11 @@ def deploy(options: DeployOptions) -> None:
     failed = [result for result in results if result.error is not None]
     if done:
         _show(options, deploy_table(done))
+        _say(options, f"{numbered(len(done), 'label map')} in {done[0].labels.parent}")
     rows = [
         {
             "case": r.name,
+            "image": r.image,
             "labels": str(r.labels),
             "seconds": dict(r.seconds),
             "windows": r.windows,
@@ -286,6 +286,9 @@ def run(options: Common) -> int:
     """Run the verb that `options` belong to; errors of ptq3d become one line on stderr and an exit code."""
     with _messages(quiet=options.quiet):
         try:
+            for path in (options.report, getattr(options, "csv", None)):
+                if path is not None:
+                    _verb("ptq3d.manifest", "require_writable")(path)
             VERBS[type(options)](options)
         except (Ptq3dError, OSError) as error:
             if options.debug:

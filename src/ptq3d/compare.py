@@ -170,7 +170,10 @@ def _require_labels_to_score(options: CompareOptions, cases: Sequence[Case]) -> 
     """Refuse what scores would be needed for, before anything is measured."""
     asked = [name for name in ("margin", "tolerance", "csv") if getattr(options, name) is not None]
     if asked and all(case.labels is None for case in cases):
-        raise OptionError(f"--{asked[0]} is about true labels of the network's classes; give them with --labels.")
+        raise OptionError(
+            f"--{asked[0]} is about true labels of the network's classes; give them with --labels, or say with "
+            "--label-map what those of the data are."
+        )
 
 
 def _check(case: Case, label_map: LabelMap, *, surfaces: bool) -> None:

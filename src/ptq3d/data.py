@@ -15,7 +15,7 @@ from ptq3d.datasets.cases import Case, read_grid
 from ptq3d.datasets.dataset import Dataset, Ignored
 from ptq3d.datasets.label_map import LabelMap
 from ptq3d.datasets.layouts import open_dataset
-from ptq3d.errors import InputError, LabelError, OptionError
+from ptq3d.errors import InputError, LabelError, OptionError, numbered
 from ptq3d.manifest import Manifest
 from ptq3d.volumes.resample import oriented_grid
 
@@ -54,7 +54,7 @@ def find_data(
     cases = tuple(case for case in found.cases if case.split == chosen)
     if not cases:
         raise OptionError(
-            f"{data} has no split '{chosen}': {', '.join(found.splits) or 'it names none'}. Choose one of them, or --split all."
+            f"{data} has no split '{chosen}': {', '.join(found.splits) or 'it names none'}. Choose another one, or --split all."
         )
     if len(cases) < len(found.cases):
         log.info("using its %d cases of split '%s'", len(cases), chosen)
@@ -246,11 +246,6 @@ def _labelled(found: Dataset) -> str:
         return "no labels"
     of = "" if found.label_map is None else f" of {len(found.label_map.names)} classes"
     return f"labels{of}" if number == len(found.cases) else f"labels{of} for {number} of them"
-
-
-def numbered(number: int, thing: str) -> str:
-    """ "1 case", "2 cases"."""
-    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 def _spacings(cases: Sequence[Case]) -> Iterator[str]:

@@ -27,6 +27,7 @@ from ptq3d.options import CaseOptions, DeployOptions
 from ptq3d.pipeline import preprocessing_of
 from ptq3d.predict import Answer, Prepared, estimated_bytes, predict_labels, prepared_case, require_memory
 from ptq3d.progress import bar
+from ptq3d.volumes.files import volume_suffix
 from ptq3d.volumes.preprocessing import Preprocessing
 from ptq3d.writing import Writing
 
@@ -42,6 +43,7 @@ class CaseResult:
     Args:
         name: the case's.
         labels: the label map; written unless there is an error.
+        image: file or series that was segmented.
         seconds: what took how long: read, preprocess, network (waiting for it), stitch (blending, head, argmax, the way back to
             the file's grid), write, and total, their sum. Steps of neighbouring cases run beside one another.
         windows: that the network saw.
@@ -52,6 +54,7 @@ class CaseResult:
 
     name: str
     labels: Path
+    image: str = ""
     seconds: Mapping[str, float] = field(default_factory=dict)
     windows: int = 0
     peak_memory_bytes: int = 0
@@ -131,6 +134,10 @@ def prepare(
     """
     folder, manifest = cached_artefact(model, engine, late_head=late_head)
     chosen = preprocessing or (fallback if manifest.preprocessing is None else None)
+    if preprocessing is not None and manifest.preprocessing not in (None, preprocessing_of(preprocessing)):
+        log.warning(
+            "--preprocessing %s replaces what %s says of how volumes are prepared for it.", preprocessing, model
+        )
     if chosen is not None:
         manifest = replace(manifest, preprocessing=preprocessing_of(chosen))
     if overlap is not None:
@@ -156,6 +163,10 @@ def deploy(options: DeployOptions) -> tuple[CaseResult, ...]:
     found = find_data(options.data, options.labels, split=options.split, series=options.series)
     cases, label_map = judged_by(found, deployment.manifest, labels=options.labels, label_map=options.label_map)
     warn_of_calibration_cases(deployment.manifest, cases)
+    if options.output is not None and (options.output.is_file() or volume_suffix(options.output.name)):
+        raise OptionError(
+            f"--output {options.output}: wanted a folder; label maps are written into it under the names of their cases."
+        )
     output = options.output or Path(f"segmentations-{options.model.name.removesuffix('.onnx')}")
     writing = Writing(output, options.output_type, deployment.manifest.labels, _algorithm(deployment.manifest))
     for case in found.cases:  # with all labels that lie in the data, also those that are of other classes
@@ -321,18 +332,18 @@ class _Flow:
         """From labels to their file, whole or not at all, and Dice where the truth is known."""
         path = self.writing.path_of(found.case)
         if found.answer is None:
-            return CaseResult(found.case.name, path, found.seconds, error=found.error)
+            return CaseResult(found.case.name, path, found.case.where, found.seconds, error=found.error)
         start = perf_counter()
         try:
             self.writing.write(found.case, found.answer.labels)
         except (Ptq3dError, MemoryError) as error:
-            return CaseResult(found.case.name, path, found.seconds, error=_ended(error))
+            return CaseResult(found.case.name, path, found.case.where, found.seconds, error=_ended(error))
         seconds = {**found.seconds, "write": perf_counter() - start}
         seconds["total"] = sum(seconds.values())
         peak = peak_memory_bytes()
         truth, labels = found.truth, found.answer.labels.data[0]
         dice = {} if truth is None else _dice(labels, truth, self.label_map.names)
-        return CaseResult(found.case.name, path, seconds, found.answer.windows, peak, dice)
+        return CaseResult(found.case.name, path, found.case.where, seconds, found.answer.windows, peak, dice)
 
 
 def _ended(error: Ptq3dError | MemoryError | RuntimeError) -> Ptq3dError:

@@ -4,6 +4,7 @@ Ptq3dError                 exit 1: a fault that is not the user's
 ├── EngineError            a runtime refused to build or run a network
 └── InputError             exit 2: what was given cannot be used, and the message says how to mend it
     ├── FileError          missing, unreadable, truncated, of the wrong format or rank
+    │   └── NoSeriesError  a place without DICOM images, or without the series that is asked for
     ├── GeometryError      singular affine, zero spacing, image and label on different grids
     ├── IntensityError     NaN or infinite voxels, an intensity rule that cannot be applied
     ├── LabelError         label values outside the classes, an image without its label
@@ -36,6 +37,10 @@ class InputError(Ptq3dError):
 
 class FileError(InputError):
     """A file is missing, unreadable, truncated, or of the wrong format or rank."""
+
+
+class NoSeriesError(FileError):
+    """A place holds no DICOM images, or not the series that is asked for."""
 
 
 class GeometryError(InputError):
@@ -91,3 +96,8 @@ def clipped(value: object, longest: int = 200) -> str:
     """What a file says, fit for a message: on one line, not longer than this, and of letters that a terminal can show."""
     text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(value)[: longest + 1])
     return text if len(text) <= longest else f"{text[:longest]}..."
+
+
+def numbered(number: int, thing: str) -> str:
+    """ "1 case", "2 cases"."""
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"

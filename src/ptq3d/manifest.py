@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ptq3d.errors import ManifestError, Ptq3dError
+from ptq3d.errors import FileError, ManifestError, Ptq3dError
 from ptq3d.volumes.preprocessing import Preprocessing
 from ptq3d.volumes.source import sha256
 
@@ -140,6 +140,23 @@ def read_beside(folder: Path) -> Manifest:
             state = "was changed" if file.is_file() else "is missing"
             raise ManifestError(f"{file} {state} since the engine was built. Build it again with `ptq3d build`.")
     return manifest
+
+
+def require_writable(path: Path) -> None:
+    """Refuse early a file that could not be written after hours of work.
+
+    Raises:
+        FileError: it is a folder, or its folder cannot be made or written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        allowed = os.access(path.parent, os.W_OK)
+    except OSError as error:
+        raise FileError(f"{path} cannot be written: {error.strerror}; name another file.") from error
+    if path.is_dir() or not allowed:
+        raise FileError(
+            f"{path} cannot be written: {'it is a folder' if allowed else 'no right to'}; name another file."
+        )
 
 
 def write_text(path: Path, text: str) -> None:

@@ -209,6 +209,10 @@ class QuantizeOptions(SourceOptions):
     """A .npy / .npz of windows, or a folder of volumes; needed unless --retarget is given."""
     retarget: str | None = None
     """Read a Q/DQ file of anyone's and write it for this runtime, with the scales it has: no calibration."""
+    split: str | None = None
+    """Of the calibration data, or all; default: train where it has splits."""
+    series: str | None = None
+    """Which DICOM series of the calibration data: its number, UID or a part of its description; all for every one."""
     calibration_method: Literal["max", "entropy", "percentile", "mse"] = "mse"
     """How the range of an activation is drawn from what was seen."""
     equalize: bool = True
@@ -283,7 +287,7 @@ class DeployOptions(Common):
     label_map: Path | None = None
     """JSON with the ids of each class in the label files."""
     preprocessing: str | None = None
-    """A preset (btcv) or a TOML / JSON file, for a network without a manifest."""
+    """A preset (btcv) or a TOML / JSON file, for a network without a manifest, or in place of what it says (with a warning)."""
     net: str | None = None
     """For a network without a manifest: prepare volumes as the seed does for this one (unet, transunet: btcv)."""
     engine: str = "auto"
@@ -329,7 +333,7 @@ class CompareOptions(Common):
     label_map: Path | None = None
     """JSON with the ids of each class in the label files."""
     preprocessing: str | None = None
-    """A preset (btcv) or a TOML / JSON file, for networks without a manifest."""
+    """A preset (btcv) or a TOML / JSON file, for networks without a manifest, or in place of what they say (with a warning)."""
     output: Annotated[Path | None, arg(aliases=["--output-dir"])] = None
     """Keep the label maps here, one folder an engine."""
     repetitions: int = 10

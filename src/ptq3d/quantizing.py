@@ -288,7 +288,9 @@ def _windows_for(
                 "volumes are given, but nothing says how to prepare them. Give --preprocessing btcv | FILE."
             )
         hashes: dict[str, str] = {}
-        cases = list(without_labels(find_data(data, usual=("train",))).cases)
+        cases = list(
+            without_labels(find_data(data, split=options.split, usual=("train",), series=options.series)).cases
+        )
         size = (window[0], window[1], window[2])
         prepared = manifest.preprocessing
         drawn = case_windows(cases, prepared, size, options.number, seed=options.seed, hashes=hashes)

@@ -12,7 +12,7 @@ import numpy as np
 
 from ptq3d.datasets.folders import find_cases
 from ptq3d.datasets.label_map import LabelMap
-from ptq3d.errors import LabelError, OptionError
+from ptq3d.errors import LabelError, OptionError, numbered
 from ptq3d.evaluation.scores import (
     Score,
     Summary,
@@ -64,16 +64,20 @@ class Evaluation:
     def rows(self) -> Iterator[tuple[str, ...]]:
         """The summaries for people."""
         for one in self.summaries:
-            surfaces = () if self.tolerance_mm is None else (_shown(one.surface_dice, 4), _shown(one.hd95_mm, 2))
+            surfaces = (
+                ()
+                if self.tolerance_mm is None
+                else (_shown(one.surface_dice, 4, one.cases), _shown(one.hd95_mm, 2, one.cases))
+            )
             volumes = (f"{one.volume_ml:.2f}", f"{one.true_volume_ml:.2f}") if one.cases else ("-", "-")
-            yield (one.label, str(one.cases), str(one.one_sided), _shown(one.dice, 4), *surfaces, *volumes)
+            yield (one.label, str(one.cases), str(one.one_sided), _shown(one.dice, 4, one.cases), *surfaces, *volumes)
 
     def sentences(self) -> Iterator[str]:
         """The worst case, and the statement against the reference."""
         means = {case: mean for case, mean in case_means(self.scores).items() if not np.isnan(mean)}
         if means:
             worst = min(means, key=lambda case: means[case])
-            yield f"Worst of {len(means)} cases: {worst} with mean Dice {means[worst]:.4f}."
+            yield f"Worst of {numbered(len(means), 'case')}: {worst} with mean Dice {means[worst]:.4f}."
         if self.non_inferiority is not None:
             yield self.non_inferiority.statement("the reference", "the prediction")
 
@@ -232,8 +236,10 @@ def _score(pair: _Pair, maps: _Maps, tolerance_mm: float | None) -> tuple[Score,
     )
 
 
-def _shown(interval: Interval | MedianInterval | None, digits: int) -> str:
+def _shown(interval: Interval | MedianInterval | None, digits: int, cases: int) -> str:
     if interval is None:
         return "-"
     middle = interval.mean if isinstance(interval, Interval) else interval.median
+    if cases < 2:  # an interval of one case would say nothing
+        return f"{middle:.{digits}f}"
     return f"{middle:.{digits}f} [{interval.low:.{digits}f}, {interval.high:.{digits}f}]"

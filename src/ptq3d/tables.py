@@ -25,9 +25,9 @@ def show_table(table: Table) -> None:
     """Print a table to stdout."""
     from rich.console import Console
 
-    console = Console(file=sys.stdout)
+    console = Console(file=sys.stdout, markup=False)  # names of files and packages have square brackets
     if not console.is_terminal:
-        console = Console(file=sys.stdout, width=WIDTH)
+        console = Console(file=sys.stdout, markup=False, width=WIDTH)
     console.print(table)
 
 
@@ -100,11 +100,11 @@ def compare_table(found: Comparison) -> Table:
         "fidelity",
         "INT8 MACs",
     )
-    first = found.rows[0]
+    first, several = found.rows[0], len(found.cases) > 1  # an interval of one case would say nothing
     for row in found.rows:
         change = row.dice_change
         table.add_row(
-            Path(row.name.split("@")[0]).name,
+            row.name if len({Path(other.name).name for other in found.rows}) < len(found.rows) else Path(row.name).name,
             row.engine,
             row.precision,
             f"{row.size_bytes / MEGABYTE:.2f}",
@@ -114,7 +114,9 @@ def compare_table(found: Comparison) -> Table:
             f"{median(row.case_seconds):.2f}",
             f"{row.peak_memory_bytes / 1e9:.2f}",
             "-" if row.mean_dice is None else f"{row.mean_dice:.4f}",
-            "-" if change is None else f"{change.mean:+.4f} [{change.low:+.4f}, {change.high:+.4f}]",
+            "-"
+            if change is None
+            else f"{change.mean:+.4f}{f' [{change.low:+.4f}, {change.high:+.4f}]' if several else ''}",
             "-" if row.mean_fidelity is None else f"{row.mean_fidelity:.4f}",
             f"{row.int8_mac_share:.1%}",
         )

@@ -10,14 +10,10 @@ import pytest
 from placing import dumped, left_out, touch
 
 from ptq3d.datasets.layouts import open_dataset
-from ptq3d.errors import FileError, LabelError, OptionError
+from ptq3d.errors import FileError, LabelError, NoSeriesError, OptionError
 from ptq3d.volumes.source import Series
 
 SLICE = bytes(128) + b"DICM"
-
-
-class NoSeriesError(FileError):
-    pass
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +34,10 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
             raise FileError(f"{place} holds several series; choose one with --series.")
         return found[0]
 
-    module.__dict__.update(find_series=find_series, only_series=only_series, NoSeriesError=NoSeriesError)
+    def study_of(place: Path) -> str:
+        return "1" if place.parent.name == "study" else place.name
+
+    module.__dict__.update(find_series=find_series, only_series=only_series, study_of=study_of)
     monkeypatch.setitem(sys.modules, "ptq3d.volumes.dicom", module)
     import ptq3d.volumes
 
@@ -111,6 +110,23 @@ def test_a_place_that_cannot_be_used_does_not_end_the_others(tmp_path: Path) -> 
         open_dataset(tmp_path, series="1.9")
 
 
+def test_the_series_of_one_study_are_one_place(tmp_path: Path) -> None:
+    """As a PACS exports it: a folder for each series."""
+    for name in ("SER1", "SER2", "SR"):
+        slices(tmp_path / "study" / name)
+    found = open_dataset(tmp_path / "study")
+    assert [(case.name, str(case.images[0])) for case in found.cases] == [
+        ("study", f"{tmp_path / 'study'} (series 1.1)")
+    ]
+
+
+def test_a_series_of_several_is_named_with_its_number(tmp_path: Path) -> None:
+    place = slices(tmp_path / "two")
+    chosen = open_dataset(place, series="1.2").cases[0]
+    assert chosen in open_dataset(place, series="all").cases  # results of different series never have one name
+    assert chosen.name == "two_2"
+
+
 def test_labels_of_names_with_dots_and_of_every_series(tmp_path: Path) -> None:
     slices(tmp_path / "scans/1.2.3")
     slices(tmp_path / "scans/1.2.4")
@@ -156,7 +172,7 @@ def test_labels_of_another_folder(tmp_path: Path) -> None:
     assert [case.labels for case in found.cases] == [labels / "p1.nii.gz", labels / "p2_seg.nii.gz"]
     assert open_dataset(tmp_path / "scans/p1", labels / "p2_seg.nii.gz").cases[0].labels == labels / "p2_seg.nii.gz"
     (labels / "p1.nii.gz").unlink()
-    with pytest.raises(LabelError, match="p1 has no labels"):
+    with pytest.raises(LabelError, match=r"p1 \(series 1\.1\) has no labels"):
         open_dataset(tmp_path / "scans", labels)
 
 

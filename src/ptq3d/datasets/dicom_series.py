@@ -8,7 +8,7 @@ from pathlib import Path
 from ptq3d.datasets.cases import Case
 from ptq3d.datasets.contents import DICOM_INDEX, Contents, contents, is_file, is_folder, looks_like_dicom
 from ptq3d.datasets.dataset import Dataset, Ignored, arranged
-from ptq3d.errors import FileError
+from ptq3d.errors import FileError, NoSeriesError
 from ptq3d.volumes.source import Source
 
 LAYOUT = "DICOM"
@@ -21,9 +21,10 @@ def find(root: Path, series: str | None = None) -> Dataset | None:
 
     Args:
         root: a folder with DICOM files (or a DICOMDIR) directly in it, a .zip or .dcm file; or a folder of zips and of
-            folders that hold DICOM at any depth, such as patient / study / series: each of them is a place.
+            folders that hold DICOM at any depth, such as patient / study / series: each of them is a place, unless all are
+            of one study.
         series: which one of several in one place, as `ptq3d.volumes.dicom.only_series` takes it; "all" for each of
-            them, whose cases are then named with a number.
+            them. The cases of a place with several series are named with their SeriesNumber, or else in their order.
 
     Returns:
         None where no such place holds DICOM, or there are other volumes beside them. Of several places, one without images
@@ -36,7 +37,7 @@ def find(root: Path, series: str | None = None) -> Dataset | None:
     places, ignored = _places(root)
     if not places:
         return None
-    if places == [root]:
+    if places == [root] or _of_one_study(places):
         return Dataset(LAYOUT, root, arranged(_cases(root, series)), ignored=ignored)
     cases, empty = _of_places(places, series)
     return Dataset(LAYOUT, root, arranged(cases), ignored=(*ignored, *empty))
@@ -89,10 +90,16 @@ def _is_dicom_file(path: Path) -> bool:
     return path.suffix.lower() == ".zip" or looks_like_dicom(path)
 
 
+def _of_one_study(places: list[Path]) -> bool:
+    """Whether several places are the series of one study, which is one place then."""
+    from ptq3d.volumes.dicom import study_of
+
+    studies = {study_of(place) for place in places}
+    return len(places) > 1 and len(studies) == 1 and "" not in studies
+
+
 def _of_places(places: list[Path], series: str | None) -> tuple[list[Case], list[Ignored]]:
     """The cases of several places. One that cannot be read, or holds several series, fails when its case is read."""
-    from ptq3d.volumes.dicom import NoSeriesError
-
     cases: list[Case] = []
     empty: list[Ignored] = []
     for place in places:
@@ -111,10 +118,13 @@ def _name(place: Path) -> str:
 
 
 def _cases(place: Path, series: str | None) -> list[Case]:
+    """The series of a place; where it has several, they are named with their numbers."""
     from ptq3d.volumes.dicom import find_series, only_series
 
-    name = _name(place)
-    if series != ALL:
-        return [Case(name, (only_series(place, series),))]
-    found = find_series(place)
-    return [Case(f"{name}_{number}", (one,)) for number, one in enumerate(found, start=1)]
+    name, found = _name(place), find_series(place)
+    chosen = found if series == ALL else (only_series(place, series),)
+    if len(found) == 1:
+        return [Case(name, chosen)]
+    numbers = [one.number for one in found]
+    apart = len(set(numbers)) == len(numbers) and all(number.isdigit() for number in numbers)
+    return [Case(f"{name}_{one.number if apart else found.index(one) + 1}", (one,)) for one in chosen]

@@ -57,7 +57,7 @@ def find(root: Path) -> Dataset:
         LabelError: two files of the same name beside an image.
     """
     if is_file(root):
-        return Dataset(LAYOUT, root, (Case(case_name(root), (root,)),))
+        return Dataset("file", root, (Case(case_name(root), (root,)),))
     found = _contents(root, "images")
     images, beside = _apart(found.volumes)
     cases = _cases(images)
@@ -139,7 +139,8 @@ def labelled(cases: Sequence[Case], labels: Sequence[Path], place: Path) -> list
         LabelError: see `find_cases`.
     """
     images = [_named(case) for case in cases]
-    found = partners(images, labels, place)
+    called = {image: case.where for image, case in zip(images, cases, strict=True)}
+    found = partners(images, labels, place, called=called)
     return [replace(case, labels=label) for case, label in zip(cases, found, strict=True)]
 
 

@@ -77,13 +77,17 @@ def _chosen(found: Dataset, name: str) -> Dataset:
 
 
 def _with_labels(data: Path, labels: Path, series: str | None) -> Dataset:
-    """Images of a plain folder or DICOM, and labels of another."""
+    """Images of a folder, data set or DICOM, and labels of another folder."""
     if case_list.find(data) is not None:
         raise OptionError(f"{data}: a list of cases names its labels itself, in 'label'; leave {labels} out.")
     dicom = dicom_series.find(data, series)
     if dicom is None and series is not None:
         return _recognised(data, series)
-    if dicom is None:
+    found = dicom or _recognised(data, None)
+    if found.layout == folders.LAYOUT:
         return folders.paired(data, labels)
     place = Contents((labels,)) if is_file(labels) else contents(labels)
-    return replace(dicom, cases=tuple(folders.labelled(dicom.cases, place.volumes, labels)))
+    own = (
+        found.label_map if labels.resolve().is_relative_to(data.resolve()) else None
+    )  # of others nobody knows the values
+    return replace(found, cases=tuple(folders.labelled(found.cases, place.volumes, labels)), label_map=own)

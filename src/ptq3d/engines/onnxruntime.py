@@ -29,7 +29,7 @@ def unavailable() -> str | None:
     try:
         import onnxruntime  # noqa: F401
     except (ImportError, OSError) as error:
-        return f"{error}; mend it with: pip install ptq3d[onnxruntime]"
+        return f"{error}; mend it with: pip install 'ptq3d[onnxruntime]'"
     return None
 
 

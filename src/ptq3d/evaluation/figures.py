@@ -107,7 +107,7 @@ def _pyplot() -> Any:
         matplotlib.use("Agg")
         from matplotlib import pyplot
     except ImportError as error:
-        raise UnavailableError(f"{error}; mend it with: pip install ptq3d[demo]") from error
+        raise UnavailableError(f"{error}; mend it with: pip install 'ptq3d[demo]'") from error
     return pyplot
 
 

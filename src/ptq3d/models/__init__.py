@@ -246,7 +246,7 @@ def build_network(
         told["classes"] = _prompts(key, architecture.prompts, num_classes, classes)
     missing = [library for library in architecture.needs if find_spec(library) is None]
     if missing:
-        raise UnavailableError(f"{key} needs {', '.join(missing)}: pip install ptq3d[train]")
+        raise UnavailableError(f"{key} needs {', '.join(missing)}: pip install 'ptq3d[train]'")
     module, function = architecture.builder.split(":")
     network: torch.nn.Module = getattr(import_module(module), function)(in_channels, num_classes, widths, size, **told)
     return network

@@ -150,7 +150,7 @@ def read_config(path: Path) -> Config:
         from monai.bundle import ConfigParser
     except ImportError as error:
         raise UnavailableError(
-            f"a MONAI bundle is read by MONAI, which is not here ({error}). Install it: pip install ptq3d[train]"
+            f"a MONAI bundle is read by MONAI, which is not here ({error}). Install it: pip install 'ptq3d[train]'"
         ) from error
     try:
         content = ConfigParser.load_config_files(path)

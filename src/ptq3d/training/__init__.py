@@ -57,7 +57,7 @@ def train(options: TrainingOptions) -> TrainingResult:
     """
     missing = [name for name in REQUIRED if find_spec(name) is None]
     if missing:
-        raise UnavailableError(f"training needs {', '.join(missing)}: pip install ptq3d[train]")
+        raise UnavailableError(f"training needs {', '.join(missing)}: pip install 'ptq3d[train]'")
     check_options(options)
     _check_half(options)
     with _quiet_libraries():

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq3d.errors import FileError, InputError, clipped
+from ptq3d.errors import FileError, InputError, NoSeriesError, clipped
 from ptq3d.volumes.dicom_files import DIRECTORY, PREAMBLE, Files, read_header, reading, require_pydicom
 from ptq3d.volumes.dicom_geometry import KEYWORDS, Slice, Stack, slices_of, stacked
 from ptq3d.volumes.dicom_pixels import require_decoders, require_room, voxels
@@ -27,11 +27,8 @@ log = logging.getLogger("ptq3d")
 TOLD_TILT_DEGREES = 0.1
 EMPTY = "empty"
 SHORTEST_END = 6  # of a UID: a number with fewer digits that no series has would end some UID by chance
+INDEX = "DICOMDIR"
 IMAGE = "Image Storage"  # what the names of all SOP classes of images hold
-
-
-class NoSeriesError(FileError):
-    """A place holds no images, or not the series that was asked for."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +69,25 @@ def find_series(place: Path) -> tuple[Series, ...]:
         UnavailableError: pydicom is not installed.
     """
     return tuple(found.series for found in _find(Path(place)))
+
+
+def study_of(place: Path) -> str:
+    """The StudyInstanceUID of the first DICOM file of a place by its name; "" where there is none, or none can be read.
+
+    Raises:
+        FileError: the place is dangerous, or not there.
+        UnavailableError: pydicom is not installed.
+    """
+    require_pydicom()
+    with Files(Path(place)) as files:
+        for name in files.names():
+            try:
+                header = None if Path(name).name.upper() == INDEX else read_header(files, name, ("StudyInstanceUID",))
+            except FileError:  # said by whoever reads it
+                header = None
+            if header is not None and header.get("StudyInstanceUID"):
+                return str(header.StudyInstanceUID)
+    return ""
 
 
 def only_series(place: Path, wanted: str | None = None) -> Series:
@@ -161,6 +177,9 @@ def _find(place: Path) -> list[_Found]:
     passed: dict[str, str] = {}
     with Files(place) as files:
         for name in files.names():
+            if Path(name).name.upper() == INDEX:  # its images are elsewhere, and a broken one breaks nothing
+                passed[files.called(name)] = "a DICOMDIR, whose images are elsewhere"
+                continue
             header = read_header(files, name, KEYWORDS)
             where = files.called(name)
             with reading(where):
@@ -219,7 +238,7 @@ def _found(place: Path, key: tuple[str, str], group: list[_File]) -> _Found:
     description = " ".join(part for part in (number, _plain(header, "Modality"), text) if part)
     with reading(str(place)):
         slices = sum(max(1, len(file.header.get("PerFrameFunctionalGroupsSequence") or ())) for file in group)
-    series = Series(place, uid, tuple(file.name for file in ordered), description)
+    series = Series(place, uid, tuple(file.name for file in ordered), description, number)
     return _Found(series, patient, number, text, slices)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq3d.errors import FileError, GeometryError, clipped
+from ptq3d.errors import FileError, GeometryError, clipped, numbered
 from ptq3d.volumes.volume import SAME_GRID_VOXELS, Affine, Grid, valid_affine
 
 if TYPE_CHECKING:
@@ -305,7 +305,7 @@ def _require_even(ordered: Sequence[Slice], places: NDArray[np.float64], where: 
     if twins.size:
         first, second = ordered[twins[0]], ordered[twins[0] + 1]
         raise GeometryError(
-            f"{where} has {twins.size} duplicate slices, such as {first.where} and {second.where} at "
+            f"{where} has {numbered(twins.size, 'duplicate slice')}, such as {first.where} and {second.where} at "
             f"{places[twins[0]]:.4g} mm ({_difference(first, second)}): several echoes, phases or acquisitions? "
             "Keep one slice for each place."
         )

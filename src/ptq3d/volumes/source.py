@@ -17,12 +17,14 @@ class Series:
         uid: its SeriesInstanceUID.
         members: its files, as paths relative to `place`, in the order of the slices; ("",) where `place` is the file itself.
         description: what people call it: number, modality, description.
+        number: its SeriesNumber, as text; "" where it has none.
     """
 
     place: Path
     uid: str
     members: tuple[str, ...]
     description: str = ""
+    number: str = ""
 
     def __str__(self) -> str:
         return f"{self.place} (series {self.description or self.uid})"

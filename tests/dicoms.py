@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import locale
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -158,6 +159,7 @@ def save(header: Dataset, path: Path, syntax: UID = ExplicitVRLittleEndian) -> N
 def write_by_itk(folder: Path, stored: np.ndarray, affine: np.ndarray, rescale: tuple[float, float] = (1, 0)) -> Path:
     """A series by SimpleITK (GDCM), slice by slice; `stored` are the values before the rescale."""
     folder.mkdir(parents=True, exist_ok=True)
+    before = locale.setlocale(locale.LC_ALL)
     lps = TO_LPS @ affine
     spacing = np.linalg.norm(lps[:3, :3], axis=0)
     series = generate_uid()
@@ -192,6 +194,7 @@ def write_by_itk(folder: Path, stored: np.ndarray, affine: np.ndarray, rescale: 
             image.SetMetaData(tag, value)
         writer.SetFileName(str(folder / f"s{(index * 7) % 101:03d}.dcm"))
         writer.Execute(image)
+    locale.setlocale(locale.LC_ALL, before)  # SimpleITK leaves "C" behind, in which Python decodes other processes as ASCII
     return folder
 
 

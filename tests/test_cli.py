@@ -396,3 +396,18 @@ def test_peak_memory_is_the_processes_own() -> None:
     assert peak_memory_bytes() > large.nbytes
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         assert pool.submit(peak_memory_bytes).result() < large.nbytes
+
+
+@pytest.mark.parametrize("option", ["--report", "--csv"])
+def test_a_report_that_cannot_be_written_is_refused_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "folder", tmp_path / "file" / "r.json"):
+        given = ["evaluate", str(tmp_path / "nowhere"), "--labels", str(tmp_path / "nowhere"), option, str(path)]
+        assert main(given) == 2
+        error = capsys.readouterr().err
+        assert str(path) in error
+        assert "cannot be written" in error
+        assert error.count("\n") == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -20,7 +21,8 @@ from networks import Builder
 from ptq3d.cli import main
 from ptq3d.deployment import deploy
 from ptq3d.errors import OptionError
-from ptq3d.options import DeployOptions
+from ptq3d.exporting import export
+from ptq3d.options import DeployOptions, ExportOptions
 from ptq3d.volumes.dicom import only_series
 from ptq3d.volumes.files import load_image, load_labels
 
@@ -202,3 +204,77 @@ def test_results_do_not_go_among_the_slices(tmp_path: Path, network: tuple[Path,
         with pytest.raises(OptionError, match="lies among the slices"):
             run(network, tmp_path / "ct", output)
     assert sorted((tmp_path / "ct").iterdir()) == before
+
+
+def exported(root: Path) -> Path:
+    """A study with a folder for each series, a report, and an index that is broken."""
+    for number, (name, high) in enumerate((("native", 20), ("portal venous", 16)), 2):
+        folder = root / f"SER{number:04d}"
+        write_by_itk(folder, stored_values((20, 18, high)), ORIENTATIONS["axial"])
+        for path in folder.iterdir():
+            header = pydicom.dcmread(path)
+            header.SeriesDescription, header.SeriesNumber = name, number
+            header.save_as(path)
+    (root / "SER0999").mkdir()
+    report = pydicom.dcmread(next((root / "SER0002").iterdir()))
+    report.SOPClassUID, report.Modality = "1.2.840.10008.5.1.4.1.1.88.33", "SR"
+    report.file_meta.MediaStorageSOPClassUID = report.SOPClassUID
+    report.save_as(root / "SER0999" / "1.dcm")
+    (root / "DICOMDIR").write_bytes(bytes(128) + b"DICM" + b"\xff" * 40)
+    return root
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_a_study_with_a_folder_for_each_series_is_one_place(
+    tmp_path: Path, network: tuple[Path, str], capsys: pytest.CaptureFixture[str], index: bool
+) -> None:
+    root = exported(tmp_path / "study")
+    if not index:
+        (root / "DICOMDIR").unlink()
+    assert main(["data", "show", str(root)]) == 0  # what there is to choose from
+    shown = capsys.readouterr().out
+    assert "2 CT native" in shown
+    assert "3 CT portal venous" in shown
+    net, prepared = network
+    given = [
+        "deploy",
+        "--model",
+        str(net),
+        "--preprocessing",
+        prepared,
+        "--data",
+        str(root),
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    assert main(given) == 2
+    assert "choose with --series among: 2 CT native" in capsys.readouterr().err
+    for series, name in (("portal", "study_3"), ("2", "study_2")):
+        assert main([*given, "--series", series, "--report", str(tmp_path / "r.json")]) == 0
+        (case,) = json.loads((tmp_path / "r.json").read_text())["cases"]
+        assert Path(case["labels"]).name == f"{name}.nii.gz"
+        assert f"(series {name[-1]} CT" in case["image"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["study_2.nii.gz", "study_3.nii.gz"]
+    assert f"1 label map in {tmp_path / 'out'}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["labels.nii.gz", "notes.txt"])
+def test_the_output_is_a_folder(tmp_path: Path, network: tuple[Path, str], name: str) -> None:
+    (tmp_path / "notes.txt").touch()
+    nibabel.save(nibabel.Nifti1Image(stored_values((20, 18, 17)), np.eye(4)), tmp_path / "a.nii")
+    with pytest.raises(OptionError, match="wanted a folder"):
+        run(network, tmp_path / "a.nii", tmp_path / name)
+    assert not (tmp_path / "labels.nii.gz").exists()
+
+
+def test_another_preparation_than_the_networks_own_is_warned_of(
+    tmp_path: Path, network: tuple[Path, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    net, prepared = network
+    nibabel.save(nibabel.Nifti1Image(stored_values((20, 18, 17)), np.eye(4)), tmp_path / "a.nii")
+    (tmp_path / "other.toml").write_text(PREPARED.replace("6.0", "5.0"))
+    own = export(ExportOptions(onnx_path=net, preprocessing=prepared, output=tmp_path / "own.onnx")).path
+    for path, warned in ((prepared, False), (str(tmp_path / "other.toml"), True)):
+        caplog.clear()
+        run((own, path), tmp_path / "a.nii", tmp_path / "out")
+        assert ("replaces what" in caplog.text) == warned

@@ -37,8 +37,9 @@ def find(root: Path, series: str | None = None) -> Dataset | None:
     places, ignored = _places(root)
     if not places:
         return None
-    if places == [root] or _of_one_study(places):
-        return Dataset(LAYOUT, root, arranged(_cases(root, series)), ignored=ignored)
+    if len(places) == 1 or _of_one_study(places):
+        place = places[0] if len(places) == 1 else root
+        return Dataset(LAYOUT, root, arranged(_cases(place, series)), ignored=ignored)
     cases, empty = _of_places(places, series)
     return Dataset(LAYOUT, root, arranged(cases), ignored=(*ignored, *empty))
 

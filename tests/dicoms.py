@@ -194,7 +194,9 @@ def write_by_itk(folder: Path, stored: np.ndarray, affine: np.ndarray, rescale: 
             image.SetMetaData(tag, value)
         writer.SetFileName(str(folder / f"s{(index * 7) % 101:03d}.dcm"))
         writer.Execute(image)
-    locale.setlocale(locale.LC_ALL, before)  # SimpleITK leaves "C" behind, in which Python decodes other processes as ASCII
+    locale.setlocale(
+        locale.LC_ALL, before
+    )  # SimpleITK leaves "C" behind, in which Python decodes other processes as ASCII
     return folder
 
 

@@ -19,6 +19,7 @@ import torch
 
 from networks import NETWORKS, WINDOW, windows
 from ptq3d.cli import main
+from ptq3d.quantization.calibration import save_windows
 
 RULES = '[[intensity]]\nrule = "window"\nlow = 0.0\nhigh = 1.0\n'
 AFFINE = np.diag([-2.0, 2.0, 3.0, 1.0])
@@ -411,3 +412,19 @@ def test_a_report_that_cannot_be_written_is_refused_before_the_work(
         assert str(path) in error
         assert "cannot be written" in error
         assert error.count("\n") == 1
+
+
+def test_a_calibration_file_says_what_it_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    windows = [np.full((1, 4, 5, 6), value, np.float32) for value in range(3)]
+    save_windows(tmp_path / "c.npz", windows, 3, {"case_1": "ab" * 32})
+    assert main(["inspect", str(tmp_path / "c.npz"), "--report", str(tmp_path / "r.json")]) == 0
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert (report["kind"], report["windows"], report["shape"]) == ("calibration", 3, [1, 4, 5, 6])
+    assert report["cases"] == {"case_1": "ab" * 32}
+
+
+@pytest.mark.parametrize("name", ["a.nii.gz", "study.zip"])
+def test_a_volume_is_no_network(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    (tmp_path / name).touch()
+    assert main(["inspect", str(tmp_path / name)]) == 2
+    assert "Look at it with `ptq3d data show`" in capsys.readouterr().err

@@ -435,5 +435,5 @@ def test_missing_libraries_come_with_the_line_that_mends_it(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ptq3d.training, "find_spec", lambda name: None if name == "monai" else find_spec(name))
-    with pytest.raises(UnavailableError, match=r"needs monai.*pip install ptq3d\[train\]"):
+    with pytest.raises(UnavailableError, match=r"needs monai.*pip install 'ptq3d\[train\]'"):
         train(options(data, tmp_path / "out"))

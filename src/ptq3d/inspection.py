@@ -14,7 +14,9 @@ from ptq3d.graphs.layers import parameter_count, shape_of
 from ptq3d.graphs.passes import is_quantized, simplify
 from ptq3d.manifest import Manifest, embedded, read_beside
 from ptq3d.options import InspectOptions
+from ptq3d.quantization import calibration
 from ptq3d.quantization.qdq import PlannedLayer, planned_layers
+from ptq3d.volumes.files import volume_suffix
 from ptq3d.volumes.source import sha256
 
 
@@ -24,7 +26,7 @@ class Inspection:
 
     Args:
         path: the file or folder.
-        kind: "onnx", "engine" or "engines" (of this machine).
+        kind: "onnx", "engine", "calibration" or "engines" (of this machine).
         facts: everything else, JSON-able.
         layers: every multiplying layer with the precision that the file asks for; `compare` says what ran.
     """
@@ -49,7 +51,7 @@ def inspect(options: InspectOptions) -> Inspection:
     """What a file is; without a file, which engines this machine has.
 
     Raises:
-        FileError: no such file.
+        FileError: no such file, or one that is no network, engine or calibration file.
     """
     path = options.path
     if path is None:
@@ -58,7 +60,17 @@ def inspect(options: InspectOptions) -> Inspection:
         return _engine(path)
     if not path.exists():
         raise FileError(f"{path}: no such file or folder.")
+    if path.suffix in calibration.SUFFIXES:
+        return _calibration(path)
+    if volume_suffix(path.name) is not None or path.suffix.lower() in (".zip", ".dcm"):
+        raise FileError(f"{path} is a volume, no network. Look at it with `ptq3d data show`.")
     return _onnx(path)
+
+
+def _calibration(path: Path) -> Inspection:
+    shape, number, cases = calibration.described_windows(path)
+    facts = {"size_bytes": path.stat().st_size, "sha256": sha256(path), "windows": number, "shape": list(shape)}
+    return Inspection(path, "calibration", {**facts, "cases": cases})
 
 
 def _engine(path: Path) -> Inspection:

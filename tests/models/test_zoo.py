@@ -380,7 +380,7 @@ def test_widths_a_network_cannot_have_are_refused(name: str, channels: tuple[int
 @pytest.mark.parametrize("name", [name for name, entry in ARCHITECTURES.items() if entry.needs])
 def test_a_missing_library_says_how_to_get_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ptq3d.models, "find_spec", lambda _: None)
-    with pytest.raises(UnavailableError, match=r"monai: pip install ptq3d\[train\]"):
+    with pytest.raises(UnavailableError, match=r"monai: pip install 'ptq3d\[train\]'"):
         small(name)
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import re
-import stat
 import zipfile
 import zlib
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 
+from ptq3d.archives import LARGEST_BYTES, danger_of
 from ptq3d.errors import FileError
-
-LARGEST_BYTES = 1 << 36  # 64 GiB: more is no network
 
 
 def unpack(path: Path, folder: Path) -> None:
@@ -36,7 +33,7 @@ def unpack(path: Path, folder: Path) -> None:
 
 def _check(members: list[zipfile.ZipInfo], path: Path) -> None:
     for member in members:
-        reason = _reason(member)
+        reason = danger_of(member)
         if reason is not None:
             raise FileError(
                 f"{path}: refused, its member '{member.filename}' {reason}. Nothing was unpacked. "
@@ -44,13 +41,3 @@ def _check(members: list[zipfile.ZipInfo], path: Path) -> None:
             )
     if sum(member.file_size for member in members) > LARGEST_BYTES:
         raise FileError(f"{path}: refused, it unpacks to more than {LARGEST_BYTES >> 30} GiB. Name an unpacked folder.")
-
-
-def _reason(member: zipfile.ZipInfo) -> str | None:
-    """Why a member must not be unpacked; None where it may."""
-    name = member.filename
-    if name.startswith(("/", "\\")) or PureWindowsPath(name).drive or ".." in re.split(r"[/\\]", name):
-        return "would land outside of the folder"
-    if stat.S_ISLNK(member.external_attr >> 16):
-        return "is a link"
-    return "is encrypted" if member.flag_bits & 1 else None

@@ -155,10 +155,26 @@ def open_windows(path: Path, shape: tuple[int, int, int, int]) -> CalibrationWin
         FileError: missing, truncated, or no NumPy file.
         CalibrationError: pickled objects, another shape, no window.
     """
+    found, number, cases = described_windows(path)
+    if not number or found != shape:
+        raise CalibrationError(
+            f"{path}: {number} windows of shape {found}, the network takes {shape}. "
+            "Calibrate with the window and channels of this very network: `ptq3d calibrate --onnx-path`."
+        )
+    return CalibrationWindows(path, number, cases)
+
+
+def described_windows(path: Path) -> tuple[tuple[int, ...], int, dict[str, str]]:
+    """What a calibration file holds: the shape of a window, their number, and case name -> SHA-256 of its image.
+
+    Raises:
+        FileError: missing, truncated, or no NumPy file.
+        CalibrationError: pickled objects.
+    """
     if not path.is_file():
         raise FileError(f"{path}: no such calibration file. Make one with `ptq3d calibrate`.")
     try:
-        found, number, cases = _describe(path)
+        return _describe(path)
     except ValueError as error:
         if any(word in str(error) for word in ("pickle", "Object arrays", "Python objects")):
             raise CalibrationError(
@@ -168,12 +184,6 @@ def open_windows(path: Path, shape: tuple[int, int, int, int]) -> CalibrationWin
         raise FileError(f"{path} is no readable NumPy file ({error}). It may be truncated; make it again.") from error
     except (OSError, EOFError, zipfile.BadZipFile, KeyError) as error:
         raise FileError(f"{path} is no readable NumPy file ({error}). It may be truncated; make it again.") from error
-    if not number or found != shape:
-        raise CalibrationError(
-            f"{path}: {number} windows of shape {found}, the network takes {shape}. "
-            "Calibrate with the window and channels of this very network: `ptq3d calibrate --onnx-path`."
-        )
-    return CalibrationWindows(path, number, cases)
 
 
 def _describe(path: Path) -> tuple[tuple[int, ...], int, dict[str, str]]:

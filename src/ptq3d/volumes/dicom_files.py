@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import struct
 import threading
 import warnings
@@ -13,9 +12,10 @@ import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from io import BufferedReader, BytesIO
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, TypeAlias
 
+from ptq3d.archives import LARGEST_BYTES, danger_of
 from ptq3d.errors import FileError, UnavailableError, clipped, line_of
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     Header: TypeAlias = Dataset
     """All attributes of one file but its pixels."""
 
-LARGEST_BYTES = 1 << 36  # 64 GiB: more is no study
 SMALL_BYTES = 1 << 30
 LARGEST_RATIO = 100  # of all members to the archive: CT compresses to a half or third, air to a thousandth
 PREAMBLE = 132  # bytes, with the magic at its end
@@ -248,13 +247,11 @@ def _open_archive(path: Path) -> zipfile.ZipFile:
 
 def _require_harmless(members: list[zipfile.ZipInfo], path: Path) -> None:
     for member in members:
-        name = member.filename
-        if name.startswith(("/", "\\")) or PureWindowsPath(name).drive or ".." in re.split(r"[/\\]", name):
+        danger = danger_of(member)
+        if danger is not None:
             raise FileError(
-                f"{path}: refused, its member '{clipped(name)}' names a place outside of the archive; get it from its maker."
+                f"{path}: refused, its member '{clipped(member.filename)}' {danger}; unpack what you trust and name the folder."
             )
-        if member.flag_bits & 1:
-            raise FileError(f"{path}: its member '{clipped(name)}' is encrypted; unpack it and name the folder.")
     total = sum(member.file_size for member in members)
     if total > LARGEST_BYTES or total > max(SMALL_BYTES, LARGEST_RATIO * path.stat().st_size):
         raise FileError(

@@ -20,10 +20,10 @@ from ptq3d.volumes.dicom_writing import (
     classes_in,
     result_number,
     source_stack,
-    written_whole,
 )
 from ptq3d.volumes.source import Series
 from ptq3d.volumes.volume import Volume
+from ptq3d.volumes.whole import written_whole
 
 if TYPE_CHECKING:
     from highdicom import AlgorithmIdentificationSequence, PlanePositionSequence
@@ -69,7 +69,7 @@ def write_seg(path: Path, labels: Volume, series: Series, names: Sequence[str], 
         segments = _segments(found or list(range(1, len(names))), names, algorithm)
         places = None if found else _place(stack.slices[0])
         dataset = _segmentation(headers, planes, segments, places, str(path))
-        with written_whole(path) as partial:
+        with written_whole(path, ".dcm") as partial:
             dataset.save_as(partial)
 
 

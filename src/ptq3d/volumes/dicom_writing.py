@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -104,22 +101,3 @@ def result_number(header: Header) -> int:
     """The series number of a result."""
     number = header.get("SeriesNumber")
     return RESULT_NUMBERS + (int(number) if number else 0)
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A name to write to, beside `path`, that takes its place at the end, or is gone where something went wrong.
-
-    Raises:
-        FileError: the folder cannot be made, or the file not be written.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        partial.replace(path)
-    except OSError as error:
-        raise FileError(f"{path} cannot be written: {error}.") from error
-    finally:
-        if path.parent.is_dir():
-            partial.unlink(missing_ok=True)

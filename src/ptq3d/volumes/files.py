@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +19,7 @@ from ptq3d.volumes.nifti import nifti_header, write_nifti
 from ptq3d.volumes.source import Series, Source
 from ptq3d.volumes.streams import PIECE_BYTES, Layout, read_voxels
 from ptq3d.volumes.volume import Affine, Grid, Volume, valid_affine
+from ptq3d.volumes.whole import written_whole
 
 LARGEST_LABEL = int(np.iinfo(np.uint16).max)
 
@@ -167,15 +166,8 @@ def save_labels(path: Path, labels: Volume) -> None:
     if write is None:
         kinds = ", ".join(kind for kind, row in FORMATS.items() if row.write)
         raise FileError(f"{path}: files ending in {suffix} are only read; save labels as one of {kinds}.")
-    partial = path.with_name(f".{path.name[:40]}.{uuid4().hex}{suffix}")  # shorter than the longest name that fits
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path, suffix) as partial:
         write(partial, labels.data[0].astype(_smallest_dtype(high), copy=False), labels.affine)
-        partial.replace(path)
-    except OSError as error:
-        raise FileError(f"{path} cannot be written: {error}.") from error
-    finally:
-        _remove(partial)
 
 
 def is_volume(path: Path) -> bool:
@@ -258,12 +250,6 @@ def _slabs(voxels: NDArray[Any]) -> Iterator[NDArray[Any]]:
     """Views of a few planes each, so that what is computed of them stays small."""
     planes = max(1, PIECE_BYTES // (math.prod(voxels.shape[:-1]) * voxels.itemsize))
     return (voxels[..., first : first + planes] for first in range(0, voxels.shape[-1], planes))
-
-
-def _remove(path: Path) -> None:
-    """A file that may be there or not; where its folder could not be made, that has been said already."""
-    with contextlib.suppress(OSError):
-        path.unlink()
 
 
 def _volume(source: Source, voxels: NDArray[Any], affine: Affine) -> Volume:

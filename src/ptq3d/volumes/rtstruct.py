@@ -23,10 +23,10 @@ from ptq3d.volumes.dicom_writing import (
     classes_in,
     result_number,
     source_stack,
-    written_whole,
 )
 from ptq3d.volumes.source import Series
 from ptq3d.volumes.volume import Volume
+from ptq3d.volumes.whole import written_whole
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -83,7 +83,7 @@ def write_rtstruct(path: Path, labels: Volume, series: Series, names: Sequence[s
             raise FileError(
                 f"{path} cannot be made from {series} ({type(error).__name__}: {line_of(error)}); mend its headers."
             ) from error
-        with written_whole(path) as partial:
+        with written_whole(path, ".dcm") as partial:
             dataset.save_as(partial, enforce_file_format=True)
 
 

@@ -22,6 +22,7 @@ from ptq3d.volumes.resample import oriented_grid
 log = logging.getLogger("ptq3d")
 SEEN_HEADERS = 20  # of a large set: enough to tell its spacing, and a DICOM series has hundreds of headers
 SHOWN_FILES = 3
+BACKGROUND = "background"  # class 0, whatever it is called
 SPELLINGS = 0.2  # of the classes may be spelled otherwise, and it is still the same list
 
 
@@ -159,7 +160,7 @@ def fitting(label_map: LabelMap, names: Sequence[str]) -> LabelMap | None:
         label_map: of the data set.
         names: of the network's classes.
     """
-    own, wanted = [_plain(name) for name in label_map.names], [_plain(name) for name in names]
+    own, wanted = ([BACKGROUND, *map(_plain, listed[1:])] for listed in (label_map.names, names))
     if len(own) != len(wanted) or len(set(own)) < len(own):
         return None
     if sorted(own) == sorted(wanted):
@@ -192,8 +193,8 @@ def _tell_spellings(own: LabelMap, taken: LabelMap) -> None:
             "the network's classes have no names: they are taken in the order of the data set (%s, ...)", own.names[1]
         )
         return
-    if {_plain(name) for name in own.names} != {_plain(name) for name in taken.names}:
-        pairs = zip(own.names, taken.names, strict=True)
+    if {_plain(name) for name in own.names[1:]} != {_plain(name) for name in taken.names[1:]}:
+        pairs = zip(own.names[1:], taken.names[1:], strict=True)
         told = [f"{one} = {other}" for one, other in pairs if _plain(one) != _plain(other)]
         log.info("taken for the same classes: %s", _few(told))
 
@@ -203,7 +204,8 @@ def _other_classes(label_map: LabelMap, manifest: Manifest) -> str:
     if len(label_map.names) != manifest.classes:
         return f"are of {len(label_map.names)} classes (the network has {manifest.classes})"
     known = {_plain(name) for name in manifest.labels}
-    return f"are of other classes than the network's: {_few([name for name in label_map.names if _plain(name) not in known])}"
+    others = [name for name in label_map.names[1:] if _plain(name) not in known]
+    return f"are of other classes than the network's: {_few(others)}"
 
 
 def _few(things: Sequence[str]) -> str:

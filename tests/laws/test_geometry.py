@@ -115,7 +115,7 @@ def test_a_marked_place_is_found_where_it_is(
     preprocessing = Preprocessing(axcodes, spacing)
     seen_shape, seen_affine = preprocessing.grid(loaded.grid)
     distance = np.linalg.norm(world(seen_shape, seen_affine) - landmark[:, None, None, None], axis=0)
-    radius = distance.min() + reach(affine)
+    radius = 2 * reach(affine) + reach(seen_affine)  # enough that the nearest voxel of the file takes its label from within
     save_labels(
         tmp_path / f"b{suffix}", preprocessing.restore_labels((distance <= radius).astype(np.uint8), loaded.grid)
     )
@@ -144,3 +144,30 @@ def test_every_voxel_lies_where_simpleitk_says(
     np.testing.assert_allclose(loaded.spacing, itk.GetSpacing(), rtol=1e-5)
     assert load_grid(path)[0] == loaded.shape
     np.testing.assert_array_equal(load_grid(path)[1], loaded.affine)
+
+
+@MANY
+@given(
+    shape=SHAPES,
+    affine=affines(sheared=True),
+    axcodes=orientations() | st.none(),
+    spacing=spacings() | st.none(),
+    resampling=st.sampled_from(["linear", "nnunet"]),
+)
+def test_a_network_never_sees_a_sheared_patient(
+    shape: tuple[int, int, int], affine: np.ndarray,
+    axcodes: str | None, spacing: tuple[float, float, float] | None, resampling: str,
+) -> None:  # fmt: skip
+    """A tilted gantry: straightened by any preprocessing, and every voxel still says its coordinate in mm."""
+    preprocessing = Preprocessing(axcodes, spacing, resampling=resampling)  # type: ignore[arg-type]
+    direction = (0.3, -0.8, 0.5)
+    image = np.tensordot(direction, world(shape, affine), 1).astype(np.float32)
+    seen = preprocessing.apply(Volume(image[None], affine))
+    axes = seen.affine[:3, :3] / np.linalg.norm(seen.affine[:3, :3], axis=0)
+    np.testing.assert_allclose(axes.T @ axes, np.eye(3), atol=1.1e-3)
+    assert preprocessing.grid((shape, affine))[0] == seen.shape
+    if resampling == "linear":  # a spline bends where the volume ends
+        places = world(seen.shape, seen.affine)
+        inside = np.linalg.solve(affine[:3, :3], places.reshape(3, -1) - affine[:3, 3:]).reshape(places.shape)
+        within = ((inside >= 0) & (inside <= np.array(shape)[:, None, None, None] - 1)).all(axis=0)
+        np.testing.assert_allclose(seen.data[0][within], np.tensordot(direction, places, 1)[within], atol=5e-3)

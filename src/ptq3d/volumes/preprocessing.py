@@ -23,6 +23,7 @@ from ptq3d.volumes.resample import (
     permuted_grid,
     resample_onto,
     spaced_grid,
+    straight_grid,
     valid_axcodes,
     valid_axes,
     valid_spacing,
@@ -195,10 +196,14 @@ class Preprocessing:
             raise OptionError(f"{path}: {error}") from error
 
     def _turned(self, grid: Grid) -> Grid:
-        """The grid with its axes as the network sees them, in the voxels of the file."""
+        """The grid with its axes as the network sees them, and where nothing else does it at right angles, in the file's voxel size."""
         if self.orientation is not None:
             grid = oriented_grid(grid, self.orientation)
-        return grid if self.axes is None else permuted_grid(grid, self.axes)
+        if self.axes is not None:
+            grid = permuted_grid(grid, self.axes)
+        if self.spacing is not None and self.resampling == "linear":
+            return grid  # `spaced_grid` straightens it, as MONAI does
+        return straight_grid(grid)
 
     def _resampled(self, volume: Volume) -> Volume:
         if self.resampling == "linear":

@@ -27,6 +27,7 @@ SAME_CORNER = 1e-8  # the tolerance of np.allclose that decides in MONAI which c
 SNAP_VOXELS = 1e-6  # coordinates are snapped so that rounding noise neither blurs a voxel nor breaks a tie
 PARALLEL_VOXELS = 3e-5  # float32 headers tilt oblique axes by about this; it errs by < 1e-4 of the value range
 SLAB_PLANES = 8  # enough that Python's loop costs nothing, few enough that the passes stay near the cache
+RIGHT_ANGLES = 1e-3  # cosine; 0.06 degrees, less than any gantry is tilted on purpose
 LARGEST_VOXELS = 2**31  # 8 GB of float32: nobody means that, the header's unit is wrong
 
 
@@ -151,6 +152,23 @@ def spaced_grid(grid: Grid, spacing: tuple[float, float, float]) -> Grid:
     if (x, y, z) == shape and (_same(affine, wanted) or _same(steps, np.eye(4))):
         return grid
     return (x, y, z), wanted
+
+
+def straight_grid(grid: Grid) -> Grid:
+    """The grid of a sheared volume (a tilted gantry) with axes at right angles, in voxels of the same size.
+
+    Axes that stand within a thousandth of right angles, as headers round them, are left as they are.
+
+    Args:
+        grid: shape and affine before.
+    """
+    axes = grid[1][:3, :3]
+    sizes = np.linalg.norm(axes, axis=0)
+    cosines = (axes / sizes).T @ (axes / sizes) - np.eye(3)
+    if np.abs(cosines).max() <= RIGHT_ANGLES:
+        return grid
+    x, y, z = sizes.tolist()
+    return spaced_grid(grid, (x, y, z))
 
 
 def _first_voxel(

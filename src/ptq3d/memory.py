@@ -7,6 +7,7 @@ from pathlib import Path
 
 STATUS = Path("/proc/self/status")
 MACHINE = Path("/proc/meminfo")
+CONTAINER = Path("/sys/fs/cgroup")
 
 
 def peak_memory_bytes() -> int:
@@ -28,13 +29,25 @@ def resident_bytes() -> int:
 
 
 def available_bytes() -> int:
-    """The memory that the machine could give to new work; where it does not say, half of what it has."""
+    """The memory that the machine, or the container's limit, could give to new work; where nothing says, half of what there is."""
     if MACHINE.exists():
         lines = MACHINE.read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024
+        free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024
+        return min(free, _left_in_container(free))
     import os
 
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _left_in_container(otherwise: int) -> int:
+    """What the limit of the control group leaves, `otherwise` where there is none."""
+    try:
+        limit, used = (
+            (CONTAINER / name).read_text(encoding="ascii").strip() for name in ("memory.max", "memory.current")
+        )
+    except OSError:
+        return otherwise
+    return otherwise if limit == "max" else max(0, int(limit) - int(used))
 
 
 def _status(key: str) -> int:

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptq3d.errors import OptionError, ShapeError
+from ptq3d.evaluation import statistics
 from ptq3d.evaluation.statistics import (
     Interval,
     LatencySummary,
@@ -243,3 +244,11 @@ def test_infinite_cases_lift_the_median_and_do_not_vanish() -> None:
 def test_a_median_of_nothing_is_refused(values: list[float]) -> None:
     with pytest.raises(ShapeError):
         median_bootstrap(values)
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 50, 1 << 20])
+def test_draws_in_pieces_are_the_same_draws(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    values = np.random.default_rng(3).normal(size=7)
+    whole = paired_bootstrap(np.zeros(7), values, samples=500), median_bootstrap(values, samples=500)
+    monkeypatch.setattr(statistics, "DRAWN_AT_ONCE", at_once)
+    assert (paired_bootstrap(np.zeros(7), values, samples=500), median_bootstrap(values, samples=500)) == whole

@@ -115,7 +115,9 @@ def test_a_marked_place_is_found_where_it_is(
     preprocessing = Preprocessing(axcodes, spacing)
     seen_shape, seen_affine = preprocessing.grid(loaded.grid)
     distance = np.linalg.norm(world(seen_shape, seen_affine) - landmark[:, None, None, None], axis=0)
-    radius = 2 * reach(affine) + reach(seen_affine)  # enough that the nearest voxel of the file takes its label from within
+    radius = 2 * reach(affine) + reach(
+        seen_affine
+    )  # enough that the nearest voxel of the file takes its label from within
     save_labels(
         tmp_path / f"b{suffix}", preprocessing.restore_labels((distance <= radius).astype(np.uint8), loaded.grid)
     )

@@ -335,7 +335,7 @@ BAD_SETS: dict[str, Bad] = {
         images("x/a.nii"), "no images in this folder .*; name one of its folders, such as x"
     ),
     "labels of a data set for all of it": Bad(
-        split_folders, r"c1\.nii\.gz has no labels in test/labels", labels="test/labels"
+        split_folders, r"c1\.nii\.gz has no label map in test/labels", labels="test/labels"
     ),
     "a folder of texts": Bad(lambda root: (root / "a.txt").write_text("x"), "no images in this folder"),
     "a text": Bad(lambda root: (root / "a.txt").write_text("x"), "must end in one of", "a.txt", named="a.txt"),

@@ -427,4 +427,4 @@ def test_a_calibration_file_says_what_it_holds(tmp_path: Path, capsys: pytest.Ca
 def test_a_volume_is_no_network(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     (tmp_path / name).touch()
     assert main(["inspect", str(tmp_path / name)]) == 2
-    assert "Look at it with `ptq3d data show`" in capsys.readouterr().err
+    assert "look at it with `ptq3d data show`" in capsys.readouterr().err

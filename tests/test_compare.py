@@ -9,6 +9,8 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from networks import NETWORKS, windows
 from ptq3d.cli import main
@@ -145,4 +147,11 @@ def test_cases_without_a_class_large_enough_do_not_count_for_fidelity(
 
 def test_engines_of_one_file_name_have_folders_of_their_own() -> None:
     names = folder_names(["fp32/net.onnx", "int8/net.onnx", "int8/net.onnx@openvino:bf16", "other/net.onnx"])
-    assert names == ["net.onnx", "net.onnx-2", "net.onnx_openvino_bf16", "net.onnx-4"]
+    assert names == ["1-net.onnx", "2-net.onnx", "net.onnx_openvino_bf16", "4-net.onnx"]
+
+
+@given(st.lists(st.text("ab-/.1", min_size=1, max_size=6), min_size=1, max_size=6))
+def test_folders_of_engines_are_apart_and_within_the_output(models: list[str]) -> None:
+    names = folder_names(models)
+    assert len(set(names)) == len(models)
+    assert all(name and name.strip(".") and "/" not in name for name in names)

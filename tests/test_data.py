@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from ptq3d.data import described, find_data, fitting, judged_by, with_labels, without_labels
 from ptq3d.datasets.btcv import BTCV_ORGANS
 from ptq3d.datasets.label_map import LabelMap
+from ptq3d.datasets.whole_brain import WHOLE_BRAIN_NAMES
 from ptq3d.errors import LabelError, OptionError
 from ptq3d.manifest import Manifest
 from ptq3d.options import TrainOptions
@@ -142,16 +144,20 @@ def test_classes_without_names_are_taken_in_their_order(names: tuple[str, ...]) 
     assert dict(found.values) == dict(own.values)
 
 
+def bundled(name: str) -> str:
+    """As the bundle of MONAI's whole-brain network writes the name of a gyrus."""
+    side, *words = name.split()
+    if "gyrus" not in words:
+        return name.title()
+    return f"{side.title()}-{''.join(word[0] for word in words).upper()}--{'-'.join(words).removesuffix('-medial-segment')}"
+
+
 @pytest.mark.parametrize(
     ("own", "wanted"),
     [
-        (BTCV_ORGANS, tuple("IVC" if "vena" in name else name for name in BTCV_ORGANS)),
         (BTCV_ORGANS, tuple("_".join(reversed(name.split())) if "kidney" in name else name for name in BTCV_ORGANS)),
         (("background", "liver"), ("bg", "Liver")),
-        (
-            ("background", "right anterior cingulate gyrus", "left postcentral gyrus"),
-            ("Background", "Right-ACgG--anterior-cingulate-gyrus", "Left-PoG--postcentral-gyrus"),
-        ),
+        (WHOLE_BRAIN_NAMES, tuple(map(bundled, WHOLE_BRAIN_NAMES))),
     ],
 )
 def test_spellings_are_the_same_classes(own: tuple[str, ...], wanted: tuple[str, ...]) -> None:
@@ -159,6 +165,38 @@ def test_spellings_are_the_same_classes(own: tuple[str, ...], wanted: tuple[str,
     assert found is not None
     assert dict(found.values) == {index: index for index in range(len(own))}
     assert found.names == wanted
+
+
+def of_ten(*names: str) -> tuple[str, ...]:
+    """A list long enough for spellings, which begins with these."""
+    return ("background", *names, *(f"organ {letter}" for letter in "abcdefghij"[len(names) :]))
+
+
+@pytest.mark.parametrize(
+    ("own", "wanted"),
+    [
+        (("background", "liver", "tumor"), ("background", "liver vessel", "kidney tumor")),
+        (("background", "cancer"), ("background", "colon cancer primaries")),
+        (of_ten("right kidney"), of_ten("pancreas")),
+        (of_ten("right lung"), of_ten("left lung")),
+        (of_ten("liver", "liver tumor"), of_ten("liver tumor", "liver vessel")),
+    ],
+)
+def test_other_organs_are_no_spellings(own: tuple[str, ...], wanted: tuple[str, ...]) -> None:
+    assert fitting(LabelMap.identity(own), wanted) is None
+
+
+def test_spellings_are_told(btcv: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = tuple("IVC inferior vena cava" if "vena" in name else name for name in BTCV_ORGANS)
+    with caplog.at_level(logging.WARNING, "ptq3d"):
+        cases, _ = judged_by(find_data(btcv), Manifest(names, WINDOW), labels=None, label_map=None)
+    assert cases[0].labels is not None
+    assert "inferior vena cava = IVC inferior vena cava" in caplog.text
+
+
+def test_a_network_of_one_class_fits_nothing_of_others() -> None:
+    assert fitting(LabelMap.identity(("background",)), ("background",)) is not None
+    assert fitting(LabelMap.identity(NAMES), ("background",)) is None
 
 
 def test_sides_that_are_swapped_are_never_spellings() -> None:
@@ -190,6 +228,24 @@ def test_other_classes_do_not_fit(names: tuple[str, ...]) -> None:
 
 def test_nothing_is_trained_on_the_test_split_unasked(btcv: Path) -> None:
     shutil.rmtree(btcv / "train")
-    with pytest.raises(OptionError, match=r"no split 'train', but test; say which with --split"):
+    with pytest.raises(OptionError, match=r"no split 'train', but test; name the folder of the images you mean"):
         train(TrainOptions(data=btcv, output_dir=btcv / "run"))
     assert not (btcv / "run").exists()
+
+
+def test_labels_of_a_split_go_with_the_cases_of_that_split(tmp_path: Path) -> None:
+    """nnU-Net raw with test images, and the labels of the training images named."""
+    for name in ("imagesTr/a_0000", "imagesTr/b_0000", "imagesTs/t_0000", "labelsTr/a", "labelsTr/b"):
+        written(tmp_path / f"{name}.nii.gz")
+    table = {
+        "channel_names": {"0": "CT"},
+        "labels": {"background": 0, "liver": 1},
+        "numTraining": 2,
+        "file_ending": ".nii.gz",
+    }
+    (tmp_path / "dataset.json").write_text(json.dumps(table))
+    found = find_data(tmp_path, tmp_path / "labelsTr", split="train")
+    assert [case.label_files[0].name for case in found.cases] == ["a.nii.gz", "b.nii.gz"]
+    assert found.label_map is not None  # the set's own labels keep their names
+    with pytest.raises(LabelError, match=r"t_0000\.nii\.gz has no label map in"):
+        find_data(tmp_path, tmp_path / "labelsTr", split="test")

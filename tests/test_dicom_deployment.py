@@ -19,6 +19,7 @@ from onnx import numpy_helper
 from dicoms import ORIENTATIONS, TO_LPS, read_by_itk, recompress, stored_values, write_by_itk
 from networks import Builder
 from ptq3d.cli import main
+from ptq3d.datasets.layouts import open_dataset
 from ptq3d.deployment import deploy
 from ptq3d.errors import OptionError
 from ptq3d.exporting import export
@@ -278,3 +279,26 @@ def test_another_preparation_than_the_networks_own_is_warned_of(
         caplog.clear()
         run((own, path), tmp_path / "a.nii", tmp_path / "out")
         assert ("replaces what" in caplog.text) == warned
+
+
+def test_zips_of_one_study_and_patients_of_one_study_number_stay_apart(tmp_path: Path) -> None:
+    """A zip is never looked into through its folder, and anonymisers give one StudyInstanceUID to all."""
+    for name in ("p1", "p2"):
+        folder = write_by_itk(tmp_path / "folders" / name, stored_values((7, 6, 5)), ORIENTATIONS["axial"])
+        for path in folder.iterdir():
+            header = pydicom.dcmread(path)
+            header.PatientID = name
+            header.save_as(path)
+        (tmp_path / "zips").mkdir(exist_ok=True)
+        shutil.make_archive(str(tmp_path / "zips" / name), "zip", folder)
+    (tmp_path / "zips" / "broken.zip").write_bytes(b"PK\3\4 and nothing more")
+    assert [case.name for case in open_dataset(tmp_path / "folders").cases] == ["p1", "p2"]
+    found = open_dataset(tmp_path / "zips")  # the broken one fails when it is read
+    assert [case.name for case in found.cases] == ["broken", "p1", "p2"]
+    assert [isinstance(case.images[0], Path) for case in found.cases] == [True, False, False]
+
+
+def test_a_report_may_lie_in_the_folder_that_the_verb_makes(tmp_path: Path, network: tuple[Path, str]) -> None:
+    made = tmp_path / "engine"
+    assert main(["build", "--onnx", str(network[0]), "--output", str(made), "--report", str(made / "report.json")]) == 0
+    assert (made / "report.json").is_file()

@@ -13,6 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -27,6 +28,7 @@ from ptq3d.errors import EngineError, FileError, GeometryError, InputError, Labe
 from ptq3d.memory import available_bytes
 from ptq3d.options import DataCheckOptions, DataShowOptions
 from ptq3d.progress import Progress, bar, silent
+from ptq3d.volumes.files import is_dicom
 from ptq3d.volumes.resample import oriented_grid
 from ptq3d.volumes.source import Series
 from ptq3d.volumes.volume import Volume, axcodes_of, require_same_grid
@@ -142,7 +144,11 @@ def show(options: DataShowOptions) -> tuple[Dataset, list[tuple[str, ...]]]:
     except FileError:
         if options.series is not None or dicom_series.find(options.data, dicom_series.ALL) is None:
             raise
-        found = find_data(options.data, options.labels, series=dicom_series.ALL)  # to choose from
+        found = find_data(options.data, series=dicom_series.ALL)  # to choose from
+    if options.series is None and any(
+        isinstance(one, Path) and is_dicom(one) for case in found.cases for one in case.images
+    ):
+        found = find_data(options.data, series=dicom_series.ALL)
     return found, [_shown(case) for case in found.cases]
 
 

@@ -220,11 +220,17 @@ def _require_same_classes(models: Sequence[str], deployments: Sequence[Deploymen
 
 
 def folder_names(models: Sequence[str]) -> list[str]:
-    """A folder for the label maps of each engine: its name on the command line, and its number where two have one name."""
+    """A folder for the label maps of each engine: its name on the command line, with its number where that is not its own."""
+    plain = [
+        "".join(c if c.isalnum() or c in "-_." else "_" for c in text.rstrip("/").split("/")[-1]) for text in models
+    ]
+    unique = [name if plain.count(name) == 1 and name.strip(".") else "" for name in plain]
     names: list[str] = []
-    for number, text in enumerate(models, 1):
-        name = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in text.split("/")[-1])
-        names.append(f"{name}-{number}" if name in names else name)
+    for number, (name, own) in enumerate(zip(plain, unique, strict=True), 1):
+        made = own or f"{number}-{name.strip('.')}"
+        while not own and made in (*names, *unique):
+            made = f"{number}-{made}"
+        names.append(made)
     return names
 
 

@@ -23,7 +23,7 @@ log = logging.getLogger("ptq3d")
 SEEN_HEADERS = 20  # of a large set: enough to tell its spacing, and a DICOM series has hundreds of headers
 SHOWN_FILES = 3
 BACKGROUND = "background"  # class 0, whatever it is called
-SPELLINGS = 0.2  # of the classes may be spelled otherwise, and it is still the same list
+FEWEST_SPELLED = 10  # classes: of fewer, spellings and other things of one organ cannot be told apart
 
 
 def find_data(
@@ -50,8 +50,13 @@ def find_data(
     found = open_dataset(data, labels, series=series)
     log.info("%s", described(found))
     chosen = split or _usual(found, usual)
-    if chosen == "all":
-        return found
+    if chosen != "all":
+        found = _split(found, chosen, data)
+    return with_labels(found, labels) if labels is not None and labels.exists() else found
+
+
+def _split(found: Dataset, chosen: str, data: Path) -> Dataset:
+    """The cases of one split."""
     cases = tuple(case for case in found.cases if case.split == chosen)
     if not cases:
         raise OptionError(
@@ -69,8 +74,8 @@ def _usual(found: Dataset, usual: Sequence[str]) -> str:
     chosen = next((one for one in usual if one in found.splits), None)
     if chosen is None:
         raise OptionError(
-            f"{found.root} has no split {' or '.join(map(repr, usual))}, but {', '.join(found.splits)}; say which with --split "
-            "(all for every case), or name the folder of the images you mean."
+            f"{found.root} has no split {' or '.join(map(repr, usual))}, but {', '.join(found.splits)}; name the folder of the "
+            "images you mean, or say which with --split (all for every case) where the verb has it."
         )
     return chosen
 
@@ -152,9 +157,9 @@ def fitting(label_map: LabelMap, names: Sequence[str]) -> LabelMap | None:
     """The label map of a data set in the order of a network's classes; None where these are other classes.
 
     The same names in any order fit; upper and lower case, spaces, "_" and "-", and the order of words are alike
-    ("kidney_left"). So do lists in the same order of which at least four names in five are the same or have all words of
-    the other ("Right-ACgG--anterior-cingulate-gyrus"), where the rest is found nowhere in the other list: spellings
-    ("IVC"). A network whose classes are only numbered ("class 3", "3") is taken to have them in the data set's order.
+    ("kidney_left"). So do two lists of at least ten classes in the same order whose names are spellings of one another
+    ("Right-ACgG--anterior-cingulate-gyrus"): the same side and at least half of all words. A network whose classes are
+    only numbered ("class 3", "3") is taken to have them in the data set's order. Class 0 is background, whatever it is called.
 
     Args:
         label_map: of the data set.
@@ -169,21 +174,20 @@ def fitting(label_map: LabelMap, names: Sequence[str]) -> LabelMap | None:
         return LabelMap(tuple(names), {value: place[index] for value, index in label_map.values.items()}, others)
     differ = [(one, other) for one, other in zip(own, wanted, strict=True) if one != other]
     moved = any(one in wanted or other in own for one, other in differ)
-    spelled = [pair for pair in differ if not _words_within(*pair)]
-    if _numbered(wanted) or (not moved and len(spelled) <= SPELLINGS * len(own)):
-        return replace(label_map, names=tuple(names))
-    return None
+    spelled = len(own) > FEWEST_SPELLED and not moved and all(_spellings(*pair) for pair in differ)
+    return replace(label_map, names=tuple(names)) if spelled or _numbered(wanted) else None
 
 
-def _words_within(one: str, other: str) -> bool:
-    """Whether one name has all words of the other."""
+def _spellings(one: str, other: str) -> bool:
+    """Whether two names have the same side and at least half of all their words in common."""
     first, second = set(one.split()), set(other.split())
-    return first <= second or second <= first
+    sides = {"left", "right"}
+    return first & sides == second & sides and 2 * len(first & second) >= len(first | second)
 
 
 def _numbered(names: Sequence[str]) -> bool:
     """Whether classes behind the background have only numbers."""
-    return all(name.removesuffix(" class").isdigit() for name in names[1:])
+    return len(names) > 1 and all(name.removesuffix(" class").isdigit() for name in names[1:])
 
 
 def _tell_spellings(own: LabelMap, taken: LabelMap) -> None:
@@ -196,7 +200,7 @@ def _tell_spellings(own: LabelMap, taken: LabelMap) -> None:
     if {_plain(name) for name in own.names[1:]} != {_plain(name) for name in taken.names[1:]}:
         pairs = zip(own.names[1:], taken.names[1:], strict=True)
         told = [f"{one} = {other}" for one, other in pairs if _plain(one) != _plain(other)]
-        log.info("taken for the same classes: %s", _few(told))
+        log.warning("taken for the same classes, by their order and most of their words: %s", _few(told))
 
 
 def _other_classes(label_map: LabelMap, manifest: Manifest) -> str:

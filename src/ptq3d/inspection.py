@@ -63,12 +63,16 @@ def inspect(options: InspectOptions) -> Inspection:
     if path.suffix in calibration.SUFFIXES:
         return _calibration(path)
     if volume_suffix(path.name) is not None or path.suffix.lower() in (".zip", ".dcm"):
-        raise FileError(f"{path} is a volume, no network. Look at it with `ptq3d data show`.")
+        raise FileError(f"{path} is no ONNX file and no engine. If it is a volume, look at it with `ptq3d data show`.")
     return _onnx(path)
 
 
 def _calibration(path: Path) -> Inspection:
     shape, number, cases = calibration.described_windows(path)
+    if not number or len(shape) != 4:
+        raise FileError(
+            f"{path} holds {number} windows of shape {shape}: no calibration file. Make one with `ptq3d calibrate`."
+        )
     facts = {"size_bytes": path.stat().st_size, "sha256": sha256(path), "windows": number, "shape": list(shape)}
     return Inspection(path, "calibration", {**facts, "cases": cases})
 

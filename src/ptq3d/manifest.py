@@ -146,17 +146,12 @@ def require_writable(path: Path) -> None:
     """Refuse early a file that could not be written after hours of work.
 
     Raises:
-        FileError: it is a folder, or its folder cannot be made or written.
+        FileError: it is a folder, or its folder cannot be made or written into.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        allowed = os.access(path.parent, os.W_OK)
-    except OSError as error:
-        raise FileError(f"{path} cannot be written: {error.strerror}; name another file.") from error
-    if path.is_dir() or not allowed:
-        raise FileError(
-            f"{path} cannot be written: {'it is a folder' if allowed else 'no right to'}; name another file."
-        )
+    there = next((parent for parent in path.parents if parent.exists()), path)
+    if path.is_dir() or not there.is_dir() or not os.access(there, os.W_OK):
+        reason = "it is a folder" if path.is_dir() else f"{there} is no folder that can be written into"
+        raise FileError(f"{path} cannot be written: {reason}; name another file.")
 
 
 def write_text(path: Path, text: str) -> None:

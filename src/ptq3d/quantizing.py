@@ -295,5 +295,7 @@ def _windows_for(
         prepared = manifest.preprocessing
         drawn = case_windows(cases, prepared, size, options.number, seed=options.seed, hashes=hashes)
         return drawn, hashes, options.number
+    if options.split is not None or options.series is not None:
+        raise OptionError(f"--split and --series choose volumes, but {data} holds windows; leave them out.")
     found = calibration.open_windows(data, (channels, window[0], window[1], window[2]))
     return found, dict(found.cases), found.number

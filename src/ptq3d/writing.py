@@ -71,6 +71,7 @@ class Writing:
         """Refuse early what could not be written later.
 
         Raises:
+            FileError: the image is not there.
             OptionError: an input would be overwritten, or a DICOM object wanted of an image that is no DICOM series.
         """
         path = self.path_of(case).resolve()

@@ -9,6 +9,7 @@ from types import ModuleType
 import pytest
 from placing import dumped, left_out, touch
 
+from ptq3d.data import with_labels
 from ptq3d.datasets.layouts import open_dataset
 from ptq3d.errors import FileError, LabelError, NoSeriesError, OptionError
 from ptq3d.volumes.source import Series
@@ -34,8 +35,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
             raise FileError(f"{place} holds several series; choose one with --series.")
         return found[0]
 
-    def study_of(place: Path) -> str:
-        return "1" if place.parent.name == "study" else place.name
+    def study_of(place: Path) -> tuple[str, str]:
+        return "p", "1" if place.parent.name == "study" else place.name
 
     module.__dict__.update(find_series=find_series, only_series=only_series, study_of=study_of)
     monkeypatch.setitem(sys.modules, "ptq3d.volumes.dicom", module)
@@ -106,7 +107,7 @@ def test_a_place_that_cannot_be_used_does_not_end_the_others(tmp_path: Path) -> 
     chosen = open_dataset(tmp_path, series="1.2")
     assert [str(case.images[0]) for case in chosen.cases] == [f"{tmp_path / 'b two'} (series 1.2)"]
     assert left_out(chosen) == {"a": "no series '1.2' in it", "none of it": "no series '1.2' in it"}
-    with pytest.raises(FileError, match="no case in it"):
+    with pytest.raises(FileError, match=r"has no series '1.9'|no DICOM images"):
         open_dataset(tmp_path, series="1.9")
 
 
@@ -170,10 +171,12 @@ def test_labels_of_another_folder(tmp_path: Path) -> None:
     labels = touch(tmp_path / "labels", "p1.nii.gz", "p2_seg.nii.gz")
     found = open_dataset(tmp_path / "scans", labels)
     assert [case.labels for case in found.cases] == [labels / "p1.nii.gz", labels / "p2_seg.nii.gz"]
+    chosen = open_dataset(tmp_path / "scans", labels, series="1.1")
+    assert [case.labels for case in chosen.cases] == [case.labels for case in found.cases]
     assert open_dataset(tmp_path / "scans/p1", labels / "p2_seg.nii.gz").cases[0].labels == labels / "p2_seg.nii.gz"
     (labels / "p1.nii.gz").unlink()
-    with pytest.raises(LabelError, match=r"p1 \(series 1\.1\) has no labels"):
-        open_dataset(tmp_path / "scans", labels)
+    with pytest.raises(LabelError, match=r"p1 \(series 1\.1\) has no label map in"):
+        with_labels(open_dataset(tmp_path / "scans", labels), labels)
 
 
 def test_slices_beside_volumes_are_ignored(tmp_path: Path) -> None:

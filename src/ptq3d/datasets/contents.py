@@ -9,11 +9,10 @@ from pathlib import Path
 
 from ptq3d.datasets.dataset import Ignored
 from ptq3d.errors import FileError
-from ptq3d.volumes.dicom_files import starts_like_dicom
+from ptq3d.volumes.dicom_files import INDEX, starts_like_dicom
 from ptq3d.volumes.files import volume_suffix
 
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
-DICOM_INDEX = "DICOMDIR"  # in the format of an image, but a table of contents
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ def is_folder(path: Path) -> bool:
 def looks_like_dicom(path: Path) -> bool:
     """Whether a file is DICOM by its ending or, where it has none but numbers, by its first bytes."""
     suffix = path.suffix.lower()
-    if path.name.upper() == DICOM_INDEX:
+    if path.name.upper() == INDEX:
         return False
     if suffix in DICOM_SUFFIXES:
         return True

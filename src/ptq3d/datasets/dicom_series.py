@@ -6,9 +6,10 @@ import os
 from pathlib import Path
 
 from ptq3d.datasets.cases import Case
-from ptq3d.datasets.contents import DICOM_INDEX, Contents, contents, is_file, is_folder, looks_like_dicom
+from ptq3d.datasets.contents import Contents, contents, is_file, is_folder, looks_like_dicom
 from ptq3d.datasets.dataset import Dataset, Ignored, arranged
 from ptq3d.errors import FileError, NoSeriesError
+from ptq3d.volumes.dicom_files import INDEX
 from ptq3d.volumes.source import Source
 
 LAYOUT = "DICOM"
@@ -65,7 +66,7 @@ def _places(root: Path) -> tuple[list[Path], tuple[Ignored, ...]]:
     if found.volumes:
         return [], ()
     slices = [path for path in found.others if looks_like_dicom(path)]
-    index = [path for path in found.others if path.name.upper() == DICOM_INDEX]
+    index = [path for path in found.others if path.name.upper() == INDEX]
     if slices or index:
         return [root], found.unused([*slices, *index, *(found.folders if index else ())])
     places = [folder for folder in found.folders if _holds_dicom(folder)]
@@ -92,11 +93,13 @@ def _is_dicom_file(path: Path) -> bool:
 
 
 def _of_one_study(places: list[Path]) -> bool:
-    """Whether several places are the series of one study, which is one place then."""
+    """Whether several folders are the series of one study of one patient, which is one place then."""
     from ptq3d.volumes.dicom import study_of
 
+    if not all(map(is_folder, places)):
+        return False
     studies = {study_of(place) for place in places}
-    return len(places) > 1 and len(studies) == 1 and "" not in studies
+    return len(places) > 1 and len(studies) == 1 and ("", "") not in studies
 
 
 def _of_places(places: list[Path], series: str | None) -> tuple[list[Case], list[Ignored]]:
@@ -105,8 +108,10 @@ def _of_places(places: list[Path], series: str | None) -> tuple[list[Case], list
     empty: list[Ignored] = []
     for place in places:
         try:
-            cases += _cases(place, series)
-        except NoSeriesError:
+            cases += _cases(place, series, always=series == ALL)
+        except NoSeriesError as error:
+            if place == places[-1] and not cases:
+                raise NoSeriesError(str(error)) from error
             reason = "no DICOM images in it" if series in (None, ALL) else f"no series '{series}' in it"
             empty.append(Ignored(place, reason))
         except FileError:
@@ -118,13 +123,13 @@ def _name(place: Path) -> str:
     return place.name if is_folder(place) else place.stem
 
 
-def _cases(place: Path, series: str | None) -> list[Case]:
-    """The series of a place; where it has several, they are named with their numbers."""
+def _cases(place: Path, series: str | None, *, always: bool = False) -> list[Case]:
+    """The series of a place; where it has several, or always, they are named with their numbers."""
     from ptq3d.volumes.dicom import find_series, only_series
 
     name, found = _name(place), find_series(place)
     chosen = found if series == ALL else (only_series(place, series),)
-    if len(found) == 1:
+    if len(found) == 1 and not always:
         return [Case(name, chosen)]
     numbers = [one.number for one in found]
     apart = len(set(numbers)) == len(numbers) and all(number.isdigit() for number in numbers)

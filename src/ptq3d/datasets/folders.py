@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from ptq3d.datasets.contents import Contents, contents, is_file, is_folder, stem
 from ptq3d.datasets.dataset import Dataset, Ignored, arranged
 from ptq3d.datasets.pairing import case_name, channels_of_cases, label_ending, partners, without_label_ending
 from ptq3d.errors import FileError, LabelError
-from ptq3d.volumes.files import FORMATS, is_dicom
+from ptq3d.volumes.files import FORMATS
 from ptq3d.volumes.source import place_of
 
 LAYOUT = "folder"
@@ -138,16 +139,41 @@ def labelled(cases: Sequence[Case], labels: Sequence[Path], place: Path) -> list
     Raises:
         LabelError: see `find_cases`.
     """
-    images = [_named(case) for case in cases]
-    called = {image: case.where for image, case in zip(images, cases, strict=True)}
-    found = partners(images, labels, place, called=called)
+    found = partners([place_of(case.images[0]) for case in cases], labels, place)
     return [replace(case, labels=label) for case, label in zip(cases, found, strict=True)]
 
 
-def _named(case: Case) -> Path:
-    """The file that a case is paired by: the image, or for a DICOM series what a volume file of its name would be."""
-    image = case.images[0]
-    return place_of(image).parent / f"{case.name}.nii.gz" if is_dicom(image) else place_of(image)
+def named(cases: Sequence[Case], labels: Sequence[Path]) -> list[Case]:
+    """Cases with the label file of their name, or of the place that holds no other case; others without labels.
+
+    Args:
+        cases: of a data set or of DICOM, whose images' file names say nothing.
+        labels: label files.
+
+    Raises:
+        LabelError: two label files of one name.
+    """
+    by_name: dict[str, Path] = {}
+    for label in labels:
+        for name in {stem(label), without_label_ending(stem(label))}:
+            twin = by_name.setdefault(name, label)
+            if twin != label and stem(twin) == stem(label):
+                raise LabelError(f"{label} and {twin.name} are labels of one name; keep one of them.")
+    places = Counter(place_of(case.images[0]).name for case in cases)
+    found = []
+    for case in cases:
+        place = place_of(case.images[0]).name
+        alone = [place, without_zip(place)] if places[place] == 1 else []
+        chosen = next((by_name[name] for name in (case.name, *alone) if name in by_name), None)
+        found.append(replace(case, labels=chosen))
+    if len(cases) == 1 and len(labels) == 1:
+        return [replace(cases[0], labels=labels[0])]
+    return found
+
+
+def without_zip(name: str) -> str:
+    """The name of an archive without its ending."""
+    return name[:-4] if name.lower().endswith(".zip") else name
 
 
 def _contents(place: Path, what: str) -> Contents:

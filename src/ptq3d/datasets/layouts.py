@@ -90,4 +90,4 @@ def _with_labels(data: Path, labels: Path, series: str | None) -> Dataset:
     own = (
         found.label_map if labels.resolve().is_relative_to(data.resolve()) else None
     )  # of others nobody knows the values
-    return replace(found, cases=tuple(folders.labelled(found.cases, place.volumes, labels)), label_map=own)
+    return replace(found, cases=tuple(folders.named(found.cases, place.volumes)), label_map=own)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ptq3d.datasets.contents import stem
@@ -20,16 +20,13 @@ def case_name(path: Path) -> str:
     return stem(path).removesuffix("_0000")
 
 
-def partners(
-    images: Sequence[Path], labels: Sequence[Path], place: Path, *, called: Mapping[Path, object] | None = None
-) -> list[Path]:
+def partners(images: Sequence[Path], labels: Sequence[Path], place: Path) -> list[Path]:
     """The label file of each image: of the same name, of nearly the same name, or with the same numbers in it.
 
     Args:
         images: the first channel of each case.
         labels: may be more than the images.
         place: where the labels lie, for messages; a single image goes with it whatever their names.
-        called: what messages call an image, where it is no file.
 
     Raises:
         LabelError: an image has no labels, several label files, or those of another image.
@@ -40,8 +37,7 @@ def partners(
     for key, shelf in zip(_KEYS, shelves, strict=True):
         for label in labels:
             shelf.setdefault(key(label), []).append(label)
-    named = dict(called or {})
-    found = [_partner(image, shelves, place, named.get(image, image)) for image in images]
+    found = [_partner(image, shelves, place) for image in images]
     owners = dict(zip(found, images, strict=True))
     for image, label in zip(images, found, strict=True):
         if owners[label] != image:
@@ -50,17 +46,17 @@ def partners(
     return found
 
 
-def _partner(image: Path, shelves: list[dict[object, list[Path]]], place: Path, called: object) -> Path:
+def _partner(image: Path, shelves: list[dict[object, list[Path]]], place: Path) -> Path:
     for key, shelf in zip(_KEYS, shelves, strict=True):
         matches = shelf.get(key(image), []) if key(image) else []
         if len(matches) == 1:
             return matches[0]
         if matches:
             raise LabelError(
-                f"{called} has several label files: {[match.name for match in matches]}; keep one, or use equal names."
+                f"{image} has several label files: {[match.name for match in matches]}; keep one, or use equal names."
             )
     raise LabelError(
-        f"{called} has no labels in {place}; add a label file of the same name or number, or leave the image out."
+        f"{image} has no labels in {place}; add a label file of the same name or number, or leave the image out."
     )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptq3d.errors import FileError, InputError, NoSeriesError, clipped
-from ptq3d.volumes.dicom_files import DIRECTORY, PREAMBLE, Files, read_header, reading, require_pydicom
+from ptq3d.volumes.dicom_files import DIRECTORY, INDEX, PREAMBLE, Files, read_header, reading, require_pydicom
 from ptq3d.volumes.dicom_geometry import KEYWORDS, Slice, Stack, slices_of, stacked
 from ptq3d.volumes.dicom_pixels import require_decoders, require_room, voxels
 from ptq3d.volumes.source import Series
@@ -27,7 +27,6 @@ log = logging.getLogger("ptq3d")
 TOLD_TILT_DEGREES = 0.1
 EMPTY = "empty"
 SHORTEST_END = 6  # of a UID: a number with fewer digits that no series has would end some UID by chance
-INDEX = "DICOMDIR"
 IMAGE = "Image Storage"  # what the names of all SOP classes of images hold
 
 
@@ -71,23 +70,35 @@ def find_series(place: Path) -> tuple[Series, ...]:
     return tuple(found.series for found in _find(Path(place)))
 
 
-def study_of(place: Path) -> str:
-    """The StudyInstanceUID of the first DICOM file of a place by its name; "" where there is none, or none can be read.
+def study_of(place: Path) -> tuple[str, str]:
+    """PatientID and StudyInstanceUID of the first DICOM file of a place by its name; empty where none can be read.
 
     Raises:
-        FileError: the place is dangerous, or not there.
         UnavailableError: pydicom is not installed.
     """
     require_pydicom()
-    with Files(Path(place)) as files:
-        for name in files.names():
-            try:
-                header = None if Path(name).name.upper() == INDEX else read_header(files, name, ("StudyInstanceUID",))
-            except FileError:  # said by whoever reads it
-                header = None
-            if header is not None and header.get("StudyInstanceUID"):
-                return str(header.StudyInstanceUID)
-    return ""
+    try:
+        with Files(Path(place)) as files:
+            for name in files.names():
+                found = _study(files, name)
+                if found is not None:
+                    return found
+    except FileError:  # said by whoever reads the place
+        pass
+    return "", ""
+
+
+def _study(files: Files, name: str) -> tuple[str, str] | None:
+    """Of one file; None where it is no DICOM, or broken."""
+    if Path(name).name.upper() == INDEX:
+        return None
+    try:
+        header = read_header(files, name, ("PatientID", "StudyInstanceUID"))
+        with reading(files.called(name)):
+            study = None if header is None else header.get("StudyInstanceUID")
+            return None if header is None or not study else (str(header.get("PatientID") or ""), str(study))
+    except FileError:
+        return None
 
 
 def only_series(place: Path, wanted: str | None = None) -> Series:

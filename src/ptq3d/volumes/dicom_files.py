@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 SMALL_BYTES = 1 << 30
 LARGEST_RATIO = 100  # of all members to the archive: CT compresses to a half or third, air to a thousandth
 PREAMBLE = 132  # bytes, with the magic at its end
+INDEX = "DICOMDIR"  # in the format of an image, but a table of contents
 MAGIC = b"DICM"
 FIRST_GROUPS = (b"\x02\x00", b"\x08\x00")  # what a file without preamble starts with: file meta, or identification
 DIRECTORY = "1.2.840.10008.1.3.10"  # the SOP class of a DICOMDIR
@@ -213,7 +214,7 @@ def read_header(files: Files, name: str, keywords: tuple[str, ...] | None = None
 
 
 def _files_below(folder: Path) -> list[str]:
-    """Every file once, through links too: a link to a folder above would otherwise never end."""
+    """Every file once, but for hidden folders; through links too: a link to a folder above would otherwise never end."""
     found: dict[str, str] = {}
     seen: set[str] = set()
 
@@ -225,7 +226,7 @@ def _files_below(folder: Path) -> list[str]:
             folders.clear()
             continue
         seen.add(os.path.realpath(place))
-        folders.sort()
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         for path in sorted(Path(place, name) for name in names):
             if path.is_symlink() or path.is_file():  # a pipe would be waited for; a broken link is refused
                 found.setdefault(os.path.realpath(path), str(path.relative_to(folder)))

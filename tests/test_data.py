@@ -179,6 +179,7 @@ def of_ten(*names: str) -> tuple[str, ...]:
         (("background", "cancer"), ("background", "colon cancer primaries")),
         (of_ten("right kidney"), of_ten("pancreas")),
         (of_ten("right lung"), of_ten("left lung")),
+        (of_ten("left rib 12"), of_ten("left rib 13")),
         (of_ten("liver", "liver tumor"), of_ten("liver tumor", "liver vessel")),
     ],
 )
@@ -231,6 +232,11 @@ def test_nothing_is_trained_on_the_test_split_unasked(btcv: Path) -> None:
     with pytest.raises(OptionError, match=r"no split 'train', but test; name the folder of the images you mean"):
         train(TrainOptions(data=btcv, output_dir=btcv / "run"))
     assert not (btcv / "run").exists()
+
+
+def test_one_image_finds_its_labels_by_number_in_a_folder(btcv: Path) -> None:
+    found = find_data(btcv / "train" / "images" / "img0002.nii.gz", btcv / "train" / "labels")
+    assert found.cases[0].labels == btcv / "train" / "labels" / "label0002.nii.gz"
 
 
 def test_labels_of_a_split_go_with_the_cases_of_that_split(tmp_path: Path) -> None:

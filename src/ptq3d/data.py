@@ -158,7 +158,7 @@ def fitting(label_map: LabelMap, names: Sequence[str]) -> LabelMap | None:
 
     The same names in any order fit; upper and lower case, spaces, "_" and "-", and the order of words are alike
     ("kidney_left"). So do two lists of at least ten classes in the same order whose names are spellings of one another
-    ("Right-ACgG--anterior-cingulate-gyrus"): the same side and at least half of all words. A network whose classes are
+    ("Right-ACgG--anterior-cingulate-gyrus"): the same side and numbers, and at least half of all words. A network whose classes are
     only numbered ("class 3", "3") is taken to have them in the data set's order. Class 0 is background, whatever it is called.
 
     Args:
@@ -179,10 +179,10 @@ def fitting(label_map: LabelMap, names: Sequence[str]) -> LabelMap | None:
 
 
 def _spellings(one: str, other: str) -> bool:
-    """Whether two names have the same side and at least half of all their words in common."""
+    """Whether two names have the same side and numbers, and at least half of all their words in common."""
     first, second = set(one.split()), set(other.split())
-    sides = {"left", "right"}
-    return first & sides == second & sides and 2 * len(first & second) >= len(first | second)
+    apart = {word for word in first ^ second if word in ("left", "right") or any(map(str.isdigit, word))}
+    return not apart and 2 * len(first & second) >= len(first | second)
 
 
 def _numbered(names: Sequence[str]) -> bool:

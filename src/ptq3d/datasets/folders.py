@@ -16,6 +16,7 @@ from ptq3d.volumes.files import FORMATS
 from ptq3d.volumes.source import place_of
 
 LAYOUT = "folder"
+ONE_FILE = "file"
 
 
 def find_cases(images: Path, labels: Path | None = None, *, required_labels: bool = False) -> list[Case]:
@@ -58,7 +59,7 @@ def find(root: Path) -> Dataset:
         LabelError: two files of the same name beside an image.
     """
     if is_file(root):
-        return Dataset("file", root, (Case(case_name(root), (root,)),))
+        return Dataset(ONE_FILE, root, (Case(case_name(root), (root,)),))
     found = _contents(root, "images")
     images, beside = _apart(found.volumes)
     cases = _cases(images)

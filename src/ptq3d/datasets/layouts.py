@@ -84,7 +84,7 @@ def _with_labels(data: Path, labels: Path, series: str | None) -> Dataset:
     if dicom is None and series is not None:
         return _recognised(data, series)
     found = dicom or _recognised(data, None)
-    if found.layout == folders.LAYOUT:
+    if found.layout in (folders.LAYOUT, folders.ONE_FILE):
         return folders.paired(data, labels)
     place = Contents((labels,)) if is_file(labels) else contents(labels)
     own = (

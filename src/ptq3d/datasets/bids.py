@@ -17,7 +17,7 @@ from ptq3d.datasets.dataset import Dataset, Ignored, arranged
 from ptq3d.datasets.folders import with_choices
 from ptq3d.datasets.label_map import LabelMap
 from ptq3d.datasets.rows import read_rows
-from ptq3d.errors import FileError, LabelError
+from ptq3d.errors import FileError, LabelError, clipped, line_of
 
 LAYOUT = "BIDS"
 LABELS = ("dseg", "mask", "msk", "seg")
@@ -197,7 +197,7 @@ def _owner(label: _Named, images: Sequence[_Named]) -> _Named | str:
         if not closest:
             return f"lies in the space '{space}', where no image lies"
     if len(closest) > 1:
-        return f"may belong to any of {[image.name for image in closest]}; its name needs 'space-' and one's suffix"
+        return f"may belong to any of {clipped([image.name for image in closest])}; its name needs 'space-' and one's suffix"
     return closest[0]
 
 
@@ -247,8 +247,12 @@ def _label_map(table: Path) -> LabelMap:
     try:
         names = {0: "background", **{int(row["index"]): row["name"] for row in rows}}
     except (KeyError, ValueError) as error:
-        raise FileError(f"{table}: wanted a whole number and a name in each row ({error}); mend the table.") from error
+        raise FileError(
+            f"{table}: wanted a whole number and a name in each row ({line_of(error)}); mend the table."
+        ) from error
     values = sorted(names)
     if values[0] < 0 or values[-1] > 65535:
-        raise FileError(f"{table}: an index must be in 0..65535, got {values[0]}..{values[-1]}; mend the table.")
+        raise FileError(
+            f"{table}: an index must be in 0..65535, got {clipped(values[0], 40)}..{clipped(values[-1], 40)}; mend the table."
+        )
     return LabelMap(tuple(str(names[value]) for value in values), {value: index for index, value in enumerate(values)})

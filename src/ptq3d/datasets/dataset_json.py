@@ -15,7 +15,7 @@ from ptq3d.datasets.dataset import split_named
 from ptq3d.datasets.dicom_series import source_of
 from ptq3d.datasets.label_map import LabelMap
 from ptq3d.datasets.pairing import case_name
-from ptq3d.errors import FileError, LabelError
+from ptq3d.errors import FileError, LabelError, clipped, line_of
 from ptq3d.volumes.source import Source
 
 Table: TypeAlias = Mapping[str, Any]
@@ -56,7 +56,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        raise FileError(f"{path} is no readable JSON file ({type(error).__name__}: {error}); mend it.") from error
+        raise FileError(
+            f"{path} is no readable JSON file ({type(error).__name__}: {line_of(error)}); mend it."
+        ) from error
 
 
 def read_table(root: Path, name: str = "dataset.json") -> Table | None:
@@ -164,7 +166,7 @@ def _channels(entry: Mapping[str, Any], where: Path) -> list[object]:
         numbers = sorted(key for key in entry if key.startswith("image_"))
         count = len(numbers)
         if set(numbers) != {f"image_{index}" for index in range(count)}:
-            raise FileError(f"{where}: wanted the images image_0, image_1, ... without gaps, got {numbers}.")
+            raise FileError(f"{where}: wanted the images image_0, image_1, ... without gaps, got {clipped(numbers)}.")
         paths = [entry[f"image_{index}"] for index in range(count)]
     if not paths:
         raise FileError(f"{where}: an item has no image: {dict(entry)!r:.200}; add one, or remove the item.")
@@ -205,7 +207,9 @@ def label_map(labels: object, *, where: Path) -> LabelMap | None:
         if pair is None or pair[1] == "ignore":
             continue
         if pair[0] in names or not 0 <= pair[0] <= 65535:
-            raise LabelError(f"{where}: the label {pair[1]!r} has the value {pair[0]}, out of 0..65535 or given twice.")
+            raise LabelError(
+                f"{where}: the label {pair[1]!r:.100} has the value {clipped(pair[0], 40)}, out of 0..65535 or given twice."
+            )
         names[pair[0]] = pair[1]
     values = sorted(names)
     return LabelMap(tuple(names[value] for value in values), {value: index for index, value in enumerate(values)})

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq3d.errors import FileError, LabelError, ShapeError
+from ptq3d.errors import FileError, LabelError, ShapeError, clipped
 
 UNKNOWN = -1
 CHUNK = 1 << 22  # indexing widens labels to 8 bytes; in pieces that stays small
@@ -65,7 +65,7 @@ class LabelMap:
         if not ids:
             return cls.identity(names)
         if len(ids) > 1:
-            raise LabelError(f"{path} has several tables of ids, {ids}; keep the one of your data set.")
+            raise LabelError(f"{path} has several tables of ids, {clipped(ids)}; keep the one of your data set.")
         return cls(names, _values(table[ids[0]], names, where=f"{path}, {ids[0]}"), others=0)
 
     def apply(self, labels: NDArray[Any], *, where: Path | None = None) -> NDArray[Any]:
@@ -139,12 +139,14 @@ def _values(ids: object, names: tuple[str, ...], *, where: str) -> dict[int, int
     """Value in the file -> class, from {name: [values]}."""
     if not isinstance(ids, dict) or set(ids) - set(names):
         raise LabelError(
-            f"{where}: wanted {{name: [values]}} with names of the classes {list(names)}, got {ids!r:.200}."
+            f"{where}: wanted {{name: [values]}} with names of the classes {clipped(list(names))}, got {ids!r:.200}."
         )
     values: dict[int, int] = {}
     for name, listed in ids.items():
         for value in listed if isinstance(listed, list) else [listed]:
             if not isinstance(value, int) or value < 0 or value in values:
-                raise LabelError(f"{where}: {value!r} of '{name}' is no whole number, or belongs to two classes.")
+                raise LabelError(
+                    f"{where}: {value!r:.40} of '{name:.100}' is no whole number, or belongs to two classes."
+                )
             values[value] = names.index(name)
     return values

@@ -15,7 +15,7 @@ from ptq3d.datasets.contents import Contents, contents, is_folder, stem
 from ptq3d.datasets.dataset import Dataset, Ignored, arranged
 from ptq3d.datasets.dataset_json import Listing, Table, case_of, channel_names, label_map, read_table
 from ptq3d.datasets.label_map import LabelMap
-from ptq3d.errors import FileError, LabelError
+from ptq3d.errors import FileError, LabelError, clipped
 from ptq3d.volumes.files import FORMATS, volume_suffix
 
 LAYOUT = "nnU-Net raw"
@@ -131,10 +131,14 @@ def _complete(name: str, found: dict[int, Path], naming: _Naming) -> tuple[Path,
     for index in wanted:
         if index not in found:
             missing = folder / f"{name}_{index:04d}{naming.ending}"
-            raise FileError(f"{missing}: channel {index} ({naming.channels[index]}) of this case is missing; add it.")
+            raise FileError(
+                f"{missing}: channel {index} ({clipped(naming.channels[index], 40)}) of this case is missing; add it."
+            )
     more = [found[index].name for index in sorted(found) if index not in wanted]
     if more:
-        raise FileError(f"{folder / more[0]}: {naming.path} names only the channels {list(naming.channels)}; name it.")
+        raise FileError(
+            f"{folder / more[0]}: {naming.path} names only the channels {clipped(list(naming.channels))}; name it."
+        )
     return tuple(found[index] for index in wanted)
 
 
@@ -145,7 +149,9 @@ def _listed(table: object, naming: _Naming) -> Iterator[Case]:
     for name, entry in table.items():
         images = entry.get("images") if isinstance(entry, dict) else None
         if not isinstance(images, list) or len(images) != len(naming.channels):
-            raise FileError(f"{naming.path}: case {name!r:.100} needs one image for each of {list(naming.channels)}.")
+            raise FileError(
+                f"{naming.path}: case {name!r:.100} needs one image for each of {clipped(list(naming.channels))}."
+            )
         item = {"image": images, "label": entry.get("label"), "name": name}
         yield case_of(item, Listing(naming.path), split="train")
 
@@ -155,12 +161,14 @@ def _classes(table: Table, naming: _Naming) -> tuple[LabelMap | None, list[Ignor
     labels = table.get("labels")
     if isinstance(labels, dict) and any(isinstance(value, list) for value in labels.values()):
         regions = [name for name, value in labels.items() if isinstance(value, list)]
-        reason = f"its classes {regions} are regions of several label values, which no label map can hold"
+        reason = f"its classes {clipped(regions)} are regions of several label values, which no label map can hold"
         return None, [Ignored(naming.path, reason)]
     classes = label_map(labels, where=naming.path)
     if classes is None:
         return None, [Ignored(naming.path, "names no classes; its label values stay without names")]
     if isinstance(labels, dict) and "ignore" in labels:
-        reason = f"its label 'ignore' ({labels['ignore']}) is no class; label files that hold it are refused"
+        reason = (
+            f"its label 'ignore' ({clipped(labels['ignore'], 40)}) is no class; label files that hold it are refused"
+        )
         return classes, [Ignored(naming.path, reason)]
     return classes, []

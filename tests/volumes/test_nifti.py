@@ -247,3 +247,13 @@ def test_pairs_and_negative_voxel_sizes_are_refused(tmp_path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(GeometryError, match="zero, negative or broken spacing"):
         load_image(path)
+
+
+def test_a_spacing_beyond_all_numbers_is_refused_without_a_warning(tmp_path: Path) -> None:
+    image = nibabel.Nifti2Image(np.zeros((40, 40, 40), np.int16), None)
+    image.header["pixdim"][1:4] = 1e308
+    image.header["qform_code"] = image.header["sform_code"] = 0
+    path = tmp_path / "a.nii"
+    path.write_bytes(image.header.binaryblock + bytes(4) + bytes(2 * 40**3))
+    with pytest.raises(GeometryError, match=r"a\.nii"):
+        load_image(path)

@@ -45,7 +45,7 @@ def nifti_header(path: Path) -> tuple[Layout, Affine]:
             slope=1.0 if slope is None else slope,
             intercept=0.0 if intercept is None else intercept,
         )
-        with np.errstate(invalid="ignore"):  # NaN in a matrix is refused as such
+        with np.errstate(over="ignore", invalid="ignore"):  # NaN and infinity in a matrix are refused as such
             return layout, header.get_best_affine()
     except (HeaderDataError, WrapStructError, OverflowError, ValueError) as error:
         raise FileError(f"{path} is no readable NIfTI file ({line_of(error)}); copy it again.") from error

@@ -24,7 +24,7 @@ from ptq3d.datasets import dicom_series
 from ptq3d.datasets.cases import Case, read_grid, read_image, read_labels
 from ptq3d.datasets.dataset import Dataset
 from ptq3d.datasets.label_map import LabelMap
-from ptq3d.errors import EngineError, FileError, GeometryError, InputError, LabelError, numbered
+from ptq3d.errors import EngineError, FileError, GeometryError, InputError, LabelError, few, numbered
 from ptq3d.memory import available_bytes
 from ptq3d.options import DataCheckOptions, DataShowOptions
 from ptq3d.progress import Progress, bar, silent
@@ -115,20 +115,13 @@ class Checked:
         warnings = len(self.problems) - self.errors
         counts = ((len(self.cases), "case"), (self.errors, "error"), (warnings, "warning"))
         cases, errors, others = (numbered(number, thing) for number, thing in counts)
-        where = f" in {_few(self.unfit, 3)}" if self.unfit else ""
+        where = f" in {few(self.unfit)}" if self.unfit else ""
         return f"{cases} read, {errors}{where}, {others}"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
-        return {
-            "layout": self.dataset.layout,
-            "root": str(self.dataset.root),
-            "cases": [
-                {**vars(case), "values": dict(case.values), "problems": len(case.problems)} for case in self.cases
-            ],
-            "problems": [vars(problem) for problem in self.problems],
-            "ignored": [{"path": str(one.path), "reason": one.reason} for one in self.dataset.ignored],
-        }
+        cases = [{**vars(case), "values": dict(case.values), "problems": len(case.problems)} for case in self.cases]
+        return {**self.dataset.to_dict(), "cases": cases, "problems": [vars(problem) for problem in self.problems]}
 
 
 def show(options: DataShowOptions) -> tuple[Dataset, list[tuple[str, ...]]]:
@@ -332,13 +325,9 @@ def _of_labels(case: Case, values: tuple[tuple[int, int], ...], label_map: Label
             case.name,
             "error",
             "labels",
-            f"{case.label_files[0]} holds values {_few(unknown)} that belong to none of the {len(label_map.names)} classes; "
+            f"{case.label_files[0]} holds values {few(unknown, 5)} that belong to none of the {len(label_map.names)} classes; "
             "mend the labels, or say what the values are with --label-map.",
         )
-
-
-def _few(things: Sequence[Any], number: int = 5) -> str:
-    return ", ".join(map(str, things[:number])) + (f" and {len(things) - number} more" if len(things) > number else "")
 
 
 def _of_channels(cases: Sequence[CaseFacts]) -> Iterator[Problem]:
@@ -403,5 +392,5 @@ def _of_classes(cases: Sequence[CaseFacts], label_map: LabelMap | None) -> Itera
     present = {label_map.values.get(value, label_map.others) for value in values}
     absent = [name for index, name in enumerate(label_map.names) if index and index not in present]
     if absent:
-        text = f"{len(absent)} of {len(label_map.names) - 1} classes occur in no label map: {_few(absent)}."
+        text = f"{len(absent)} of {len(label_map.names) - 1} classes occur in no label map: {few(absent, 5)}."
         yield Problem("", "warning", "absent", text)

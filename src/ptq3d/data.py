@@ -15,13 +15,12 @@ from ptq3d.datasets.cases import Case, read_grid
 from ptq3d.datasets.dataset import Dataset, Ignored
 from ptq3d.datasets.label_map import LabelMap
 from ptq3d.datasets.layouts import open_dataset
-from ptq3d.errors import InputError, LabelError, OptionError, numbered
+from ptq3d.errors import InputError, LabelError, OptionError, few, numbered
 from ptq3d.manifest import Manifest
 from ptq3d.volumes.resample import oriented_grid
 
 log = logging.getLogger("ptq3d")
 SEEN_HEADERS = 20  # of a large set: enough to tell its spacing, and a DICOM series has hundreds of headers
-SHOWN_FILES = 3
 BACKGROUND = "background"  # class 0, whatever it is called
 FEWEST_SPELLED = 10  # classes: of fewer, spellings and other things of one organ cannot be told apart
 
@@ -200,7 +199,7 @@ def _tell_spellings(own: LabelMap, taken: LabelMap) -> None:
     if {_plain(name) for name in own.names[1:]} != {_plain(name) for name in taken.names[1:]}:
         pairs = zip(own.names[1:], taken.names[1:], strict=True)
         told = [f"{one} = {other}" for one, other in pairs if _plain(one) != _plain(other)]
-        log.warning("taken for the same classes, by their order and most of their words: %s", _few(told))
+        log.warning("taken for the same classes, by their order and most of their words: %s", few(told))
 
 
 def _other_classes(label_map: LabelMap, manifest: Manifest) -> str:
@@ -209,12 +208,7 @@ def _other_classes(label_map: LabelMap, manifest: Manifest) -> str:
         return f"are of {len(label_map.names)} classes (the network has {manifest.classes})"
     known = {_plain(name) for name in manifest.labels}
     others = [name for name in label_map.names[1:] if _plain(name) not in known]
-    return f"are of other classes than the network's: {_few(others)}"
-
-
-def _few(things: Sequence[str]) -> str:
-    more = len(things) - SHOWN_FILES
-    return ", ".join(things[:SHOWN_FILES]) + (f" and {more} more" if more > 0 else "")
+    return f"are of other classes than the network's: {few(others)}"
 
 
 def _plain(name: str) -> str:
@@ -243,7 +237,7 @@ def _reasons(ignored: Sequence[Ignored]) -> Iterator[str]:
     for one in ignored:
         by_reason.setdefault(one.reason, []).append(one.path.name)
     for reason, names in by_reason.items():
-        yield f"{reason}: {_few(names)}"
+        yield f"{reason}: {few(names)}"
 
 
 def _labelled(found: Dataset) -> str:

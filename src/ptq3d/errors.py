@@ -18,6 +18,10 @@ Ptq3dError                 exit 1: a fault that is not the user's
     └── UnavailableError   an engine, device or library that is not on this machine
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+
 
 class Ptq3dError(Exception):
     """Root of the tree; `exit_code` is what the command line returns for it."""
@@ -101,3 +105,10 @@ def clipped(value: object, longest: int = 200) -> str:
 def numbered(number: int, thing: str) -> str:
     """ "1 case", "2 cases"."""
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
+def few(things: Iterable[object], number: int = 3) -> str:
+    """The first of many things: "a, b, c and 4 more"."""
+    told = [str(thing) for thing in things]
+    more = len(told) - number
+    return ", ".join(told[:number]) + (f" and {more} more" if more > 0 else "")

@@ -12,7 +12,7 @@ import numpy as np
 
 from ptq3d.datasets.folders import find_cases
 from ptq3d.datasets.label_map import LabelMap
-from ptq3d.errors import LabelError, OptionError, numbered
+from ptq3d.errors import LabelError, OptionError, few, numbered
 from ptq3d.evaluation.scores import (
     Score,
     Summary,
@@ -171,7 +171,7 @@ def _same_cases(reference: Path, labels: Path, pairs: Sequence[_Pair]) -> list[_
     if set(found) != set(wanted):
         lone = sorted(path.name for path in set(found) ^ set(wanted))
         raise OptionError(
-            f"{reference} and the predictions must segment the same cases, but only one of them has labels for {_listed(lone)}; "
+            f"{reference} and the predictions must segment the same cases, but only one of them has labels for {few(lone, SHOWN)}; "
             "add what is missing, or take the others away."
         )
     return [_Pair(name, found[truth], truth) for truth, name in wanted.items()]
@@ -184,11 +184,9 @@ def _warn_of_missing(labels: Path, pairs: Sequence[_Pair]) -> None:
             {path.name for path in labels.iterdir() if is_volume(path)} - {pair.truth.name for pair in pairs}
         )
         if missing:
-            log.warning("%d true label maps have no prediction and do not count: %s.", len(missing), _listed(missing))
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+            log.warning(
+                "%d true label maps have no prediction and do not count: %s.", len(missing), few(missing, SHOWN)
+            )
 
 
 def _maps(pairs: Sequence[_Pair], path: Path | None, *, surfaces: bool) -> _Maps:

@@ -50,7 +50,7 @@ def write_seg(path: Path, labels: Volume, series: Series, names: Sequence[str], 
         algorithm: what made the labels, in 64 characters.
 
     Raises:
-        FileError: the series cannot be read or refered to, or the file not be written.
+        FileError: the series cannot be read or referred to, or the file not be written.
         GeometryError: the labels lie elsewhere.
         LabelError: a value without a name.
         ShapeError: not one channel of unsigned integers.

@@ -158,9 +158,6 @@ def straight_grid(grid: Grid) -> Grid:
     """The grid of a sheared volume (a tilted gantry) with axes at right angles, in voxels of the same size.
 
     Axes that stand within a thousandth of right angles, as headers round them, are left as they are.
-
-    Args:
-        grid: shape and affine before.
     """
     axes = grid[1][:3, :3]
     sizes = np.linalg.norm(axes, axis=0)

@@ -58,7 +58,7 @@ def write_rtstruct(path: Path, labels: Volume, series: Series, names: Sequence[s
         algorithm: what made the labels, in 64 characters.
 
     Raises:
-        FileError: the series cannot be read or refered to, or the file not be written.
+        FileError: the series cannot be read or referred to, or the file not be written.
         GeometryError: the labels lie elsewhere.
         LabelError: a value without a name.
         ShapeError: not one channel of unsigned integers.

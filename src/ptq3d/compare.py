@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any, cast, get_args
@@ -199,15 +199,24 @@ def _distinct(models: Sequence[str]) -> Sequence[str]:
 
 
 def _deployment(text: str, options: CompareOptions) -> Deployment:
-    """PATH, PATH@ENGINE or PATH@ENGINE:PRECISION as an engine with its manifest."""
+    """PATH@ENGINE:PRECISION:DEVICE, of which all but PATH may be left out, as an engine with its manifest."""
     path, _, runtime = text.rpartition("@") if "@" in text else (text, "", "auto")
-    engine, _, precision = runtime.partition(":")
+    engine, precision, device = (*runtime.split(":", 2), "", "")[:3]
     if precision and precision not in get_args(Precision):
-        raise OptionError(f"'{text}': no precision '{precision}'. Write PATH@ENGINE:fp32, :bf16 or :fp16.")
-    engine_options = EngineOptions("auto", cast(Precision, precision or "fp32"), options.threads)
-    return prepare(
-        Path(path), engine or "auto", engine_options, preprocessing=options.preprocessing, overlap=options.overlap
+        raise OptionError(
+            f"'{text}': no precision '{precision}'. Write PATH@ENGINE:PRECISION with {', '.join(get_args(Precision))}."
+        )
+    chosen = cast(Precision, precision or "fp32")
+    found = prepare(
+        Path(path),
+        engine or "auto",
+        EngineOptions(device or "auto", chosen, options.threads),
+        preprocessing=options.preprocessing,
+        overlap=options.overlap,
     )
+    if found.manifest.engine["name"] != "onnxruntime":
+        return found
+    return replace(found, options=replace(found.options, providers=options.providers))
 
 
 def _require_same_classes(models: Sequence[str], deployments: Sequence[Deployment]) -> None:

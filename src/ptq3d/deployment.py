@@ -17,7 +17,7 @@ from ptq3d.data import find_data, judged_by
 from ptq3d.datasets.cases import Case, read_grid, read_image, true_classes
 from ptq3d.datasets.label_map import LabelMap
 from ptq3d.engines import get_backend
-from ptq3d.engines.base import Engine, EngineOptions
+from ptq3d.engines.base import BuildSettings, Engine, EngineOptions
 from ptq3d.engines.joined import Ensemble, Mirrored
 from ptq3d.errors import EngineError, OptionError, Ptq3dError
 from ptq3d.evaluation.metrics import dice_per_class
@@ -132,7 +132,10 @@ def prepare(
     Raises:
         OptionError: no preprocessing is known, or the overlap is out of 0..1.
     """
-    folder, manifest = cached_artefact(model, engine, late_head=late_head)
+    settings = BuildSettings(options.device, options.precision)
+    folder, manifest = cached_artefact(model, engine, late_head=late_head, settings=settings)
+    if options.providers and manifest.engine["name"] != "onnxruntime":
+        raise OptionError(f"--providers are ONNX Runtime's; {model} runs on {manifest.engine['name']}.")
     chosen = preprocessing or (fallback if manifest.preprocessing is None else None)
     if preprocessing is not None and manifest.preprocessing not in (None, preprocessing_of(preprocessing)):
         log.warning(
@@ -189,7 +192,7 @@ def _prepared(model: Path, options: DeployOptions) -> Deployment:
     return prepare(
         model,
         options.engine,
-        EngineOptions(options.device, options.precision, options.threads),
+        EngineOptions(options.device, options.precision, options.threads, providers=options.providers),
         preprocessing=options.preprocessing,
         overlap=options.overlap,
         fallback=SEED_PREPROCESSING.get(options.net or ""),

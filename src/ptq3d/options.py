@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg, subcommand
 
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Sizes = tuple[int, int, int]
 Lengths = tuple[float, float, float]
 
@@ -261,7 +261,16 @@ class BuildOptions(Common):
     output: Annotated[Path | None, arg(aliases=["--output-path"])] = None
     """The folder to make; default: <name>.<engine> beside the file."""
     engine: str = "auto"
-    """openvino, onnxruntime, torch, reference or auto."""
+    """openvino, onnxruntime, torch, inductor, tensorrt, reference or auto."""
+    device: str = "auto"
+    """For an engine that is compiled for one device (tensorrt): the device, such as cuda:1."""
+    precision: Precision = "fp32"
+    """For an engine that is compiled (tensorrt): fp32 keeps the types that the file has, tf32 rounds what FP32 multiplies, fp16 and
+    bf16 turn FP32 tensors into such."""
+    batch: int = 1
+    """For an engine that is compiled (tensorrt): windows that it takes at a time."""
+    workspace: float | None = None
+    """For an engine that is compiled (tensorrt): GB of device memory that a layer may take while it runs; default: all there is."""
     late_head: bool = True
     """With --no-late-head the last layer stays in the engine, also where `deploy` would rather run it once a voxel."""
 
@@ -291,11 +300,13 @@ class DeployOptions(Common):
     net: str | None = None
     """For a network without a manifest: prepare volumes as the seed does for this one (unet, transunet: btcv)."""
     engine: str = "auto"
-    """openvino, onnxruntime, torch, reference or auto; an engine folder knows its own."""
+    """openvino, onnxruntime, torch, inductor, tensorrt, reference or auto; an engine folder knows its own."""
     device: str = "auto"
     """The runtime's name of the device."""
     precision: Precision = "fp32"
     """Arithmetic of what the graph does not quantize."""
+    providers: tuple[str, ...] = ()
+    """ONNX Runtime's execution providers in their order: cpu, cuda, tensorrt, openvino. A layer that none of them takes is an error."""
     overlap: float | None = None
     """Of neighbouring windows, 0 to below 1; default: the manifest's, or 0.5."""
     threads: int = 0
@@ -321,7 +332,7 @@ class CompareOptions(Common):
     """Measure engines side by side: size, latency, whole cases, memory, Dice, fidelity to the first."""
 
     models: Positional[tuple[str, ...]]
-    """FP32 first. Each PATH, PATH@ENGINE or PATH@ENGINE:PRECISION, e.g. net.onnx@openvino:bf16."""
+    """FP32 first. Each PATH, PATH@ENGINE, PATH@ENGINE:PRECISION or PATH@ENGINE:PRECISION:DEVICE, e.g. net.onnx@openvino:bf16."""
     data: Annotated[Path, arg(aliases=["--data-path"])]
     """A volume, a DICOM series, a folder of these, a data set in one of the known layouts, or a list of cases."""
     labels: Annotated[Path | None, arg(aliases=["--label-path"])] = None
@@ -334,6 +345,8 @@ class CompareOptions(Common):
     """JSON with the ids of each class in the label files."""
     preprocessing: str | None = None
     """A preset (btcv) or a TOML / JSON file, for networks without a manifest, or in place of what they say (with a warning)."""
+    providers: tuple[str, ...] = ()
+    """Execution providers of every onnxruntime engine, in their order: cpu, cuda, tensorrt, openvino."""
     output: Annotated[Path | None, arg(aliases=["--output-dir"])] = None
     """Keep the label maps here, one folder an engine."""
     repetitions: int = 10

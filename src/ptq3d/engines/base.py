@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ptq3d.head import Classifier, Head
+    from ptq3d.progress import Progress
 
 Windows = npt.NDArray[np.float32]
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class EngineOptions:
         threads: CPU threads, 0 for all.
         streams: windows that `Engine.stream` computes at a time, each with its share of the threads; a single window then takes
             longer, all together less. An engine that computes one at a time leaves it alone.
+        providers: of ONNX Runtime, in the order in which it may give them nodes; none for its CPU.
 
     Raises:
         OptionError: fewer than no threads.
@@ -57,10 +59,40 @@ class EngineOptions:
     precision: Precision = "fp32"
     threads: int = 0
     streams: int = 1
+    providers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.threads < 0:
             raise OptionError(f"--threads {self.threads}: give a number of CPU threads, or 0 for all of them.")
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """How to build an artefact, for runtimes that compile it for one device and one arithmetic; others are told when it is opened.
+
+    Args:
+        device: the runtime's own name of it; "auto" is the backend's first choice.
+        precision: of what the graph itself does not quantize.
+        batch: windows that the engine takes at a time.
+        workspace_gb: GB of device memory that a layer may take while it runs; None for all there is.
+
+    Raises:
+        OptionError: a batch or workspace of nothing.
+    """
+
+    device: str = "auto"
+    precision: Precision = "fp32"
+    batch: int = 1
+    workspace_gb: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise OptionError(f"--batch {self.batch}: an engine takes at least one window at a time.")
+        if self.workspace_gb is not None and not 0 < self.workspace_gb < 1e6:
+            raise OptionError(f"--workspace {self.workspace_gb}: give GB of device memory, more than 0.")
+
+
+PLAIN = BuildSettings()
 
 
 @dataclass(frozen=True)
@@ -146,14 +178,31 @@ class Backend(Protocol):
     def version(self) -> str:
         """The runtime's own version; artefacts are rebuilt when it changes."""
 
-    def build(self, onnx: Path, folder: Path) -> tuple[Path, ...]:
-        """Write the artefact of `onnx` into `folder`.
+    def compiled_for(self, settings: BuildSettings) -> str:
+        """What its artefacts are bound to, such as a GPU and an arithmetic; "" where they run wherever the runtime does.
+
+        Raises:
+            OptionError: settings that this runtime does not have.
+            UnavailableError: no such device.
+        """
+
+    def build(
+        self, onnx: Path, folder: Path, settings: BuildSettings = ..., progress: Progress = ...
+    ) -> tuple[Path, ...]:
+        """Write the artefact of `onnx` into `folder`, which is made where it is missing.
+
+        Args:
+            onnx: FP32 or Q/DQ.
+            folder: where its files go.
+            settings: for what to build it.
+            progress: told how far it is, where the runtime says.
 
         Returns:
             The files it wrote.
 
         Raises:
             EngineError: the runtime refuses the graph.
+            OptionError: settings that this runtime does not have.
         """
 
     def open(self, folder: Path, options: EngineOptions) -> Engine:
@@ -178,6 +227,17 @@ def require_windows(windows: Windows | Tensor, spec: EngineSpec) -> None:
         raise ShapeError(
             f"this engine takes windows of shape (n, {shape}) float32, it was given {tuple(windows.shape)} {kind}."
         )
+
+
+def runs_anywhere(name: str, settings: BuildSettings) -> str:
+    """`Backend.compiled_for` of a runtime whose artefacts are told device and precision when they are opened.
+
+    Raises:
+        OptionError: a batch or a workspace, which only a compiled engine has.
+    """
+    if settings.batch != 1 or settings.workspace_gb is not None:
+        raise OptionError(f"--batch and --workspace are of engines that are compiled for a GPU; {name} has neither.")
+    return ""
 
 
 def int8_mac_share(layers: Sequence[LayerReport]) -> float:

@@ -13,12 +13,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ptq3d.engines.base import EngineOptions, EngineSpec, LayerReport, Windows, head_layer, require_windows
+from ptq3d.engines.base import (
+    PLAIN,
+    BuildSettings,
+    EngineOptions,
+    EngineSpec,
+    LayerReport,
+    Windows,
+    head_layer,
+    require_windows,
+    runs_anywhere,
+)
 from ptq3d.errors import EngineError, OptionError, UnavailableError
 from ptq3d.graphs.files import load_graph, save_graph, static_input_shape
 from ptq3d.graphs.layers import Layer, layers, shape_of
 from ptq3d.graphs.passes import simplify
 from ptq3d.head import Classifier, Head, classifier, load_head
+from ptq3d.progress import Progress, silent
 
 ARTEFACT = "model.onnx"
 CARRIERS = frozenset({"Transpose", "QuantizeLinear", "DequantizeLinear", "Relu"})
@@ -40,12 +51,19 @@ def version() -> str:
     return str(onnxruntime.__version__)
 
 
-def build(onnx: Path, folder: Path) -> tuple[Path, ...]:
+def compiled_for(settings: BuildSettings) -> str:
+    """Nothing: its artefacts run wherever it does."""
+    return runs_anywhere("onnxruntime", settings)
+
+
+def build(onnx: Path, folder: Path, settings: BuildSettings = PLAIN, progress: Progress = silent) -> tuple[Path, ...]:
     """The simplified graph as `model.onnx`.
 
     Raises:
         GraphError: the graph is invalid.
+        OptionError: a batch or a workspace.
     """
+    compiled_for(settings)
     save_graph(simplify(load_graph(onnx)), folder / ARTEFACT)
     external = folder / f"{ARTEFACT}.data"
     return (folder / ARTEFACT, external) if external.exists() else (folder / ARTEFACT,)

@@ -17,7 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ptq3d.engines.base import EngineOptions, EngineSpec, LayerReport, Precision, Windows, head_layer, require_windows
+from ptq3d.engines.base import (
+    PLAIN,
+    BuildSettings,
+    EngineOptions,
+    EngineSpec,
+    LayerReport,
+    Precision,
+    Windows,
+    head_layer,
+    require_windows,
+    runs_anywhere,
+)
 from ptq3d.engines.openvino_model import (
     channels_last,
     halve_constants,
@@ -29,6 +40,7 @@ from ptq3d.errors import EngineError, GraphError, OptionError, UnavailableError
 from ptq3d.graphs.files import load_graph, save_graph
 from ptq3d.graphs.passes import simplify, unsigned_activations
 from ptq3d.head import ROWS, Classifier, Head, label_type, load_head
+from ptq3d.progress import Progress, silent
 
 # `convert_model` forks to tell Intel of each build: no patient's network should, and a fork beside busy threads can hang
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
@@ -54,7 +66,12 @@ def version() -> str:
     return str(openvino.__version__)
 
 
-def build(onnx: Path, folder: Path) -> tuple[Path, ...]:
+def compiled_for(settings: BuildSettings) -> str:
+    """Nothing: its artefacts run wherever it does."""
+    return runs_anywhere("openvino", settings)
+
+
+def build(onnx: Path, folder: Path, settings: BuildSettings = PLAIN, progress: Progress = silent) -> tuple[Path, ...]:
     """OpenVINO IR of an ONNX file: `model.xml` (graph) and `model.bin` (weights, INT8 ones as INT8).
 
     int8 activations around a concat become uint8 first, which is exact: OpenVINO 2026.4 can misread them as int8
@@ -64,12 +81,16 @@ def build(onnx: Path, folder: Path) -> tuple[Path, ...]:
     Args:
         onnx: FP32 or Q/DQ.
         folder: where the two files go; made where missing.
+        settings: a batch or a workspace is refused.
+        progress: told nothing; it takes seconds.
 
     Raises:
         EngineError: OpenVINO refuses the graph.
+        OptionError: a batch or a workspace.
     """
     import openvino
 
+    compiled_for(settings)
     folder.mkdir(parents=True, exist_ok=True)
     model = simplify(load_graph(onnx))
     if any(node.op_type == "Concat" for node in model.graph):

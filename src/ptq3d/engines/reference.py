@@ -30,6 +30,7 @@ WEIGHTED = frozenset({"Conv", "ConvTranspose", "MatMul", "Gemm"})
 
 unavailable = eager.unavailable
 version = eager.version
+compiled_for = eager.compiled_for
 build = eager.build
 
 

@@ -14,13 +14,24 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from ptq3d.engines.base import EngineOptions, EngineSpec, LayerReport, Windows, head_layer, require_windows
+from ptq3d.engines.base import (
+    PLAIN,
+    BuildSettings,
+    EngineOptions,
+    EngineSpec,
+    LayerReport,
+    Windows,
+    head_layer,
+    require_windows,
+    runs_anywhere,
+)
 from ptq3d.engines.operators import OPERATORS, attributes_of
 from ptq3d.errors import EngineError, GraphError, OptionError, UnavailableError
 from ptq3d.graphs.files import load_graph, static_input_shape
 from ptq3d.graphs.layers import layers, shape_of
 from ptq3d.graphs.passes import simplify
 from ptq3d.head import Classifier, Head, classifier, load_head
+from ptq3d.progress import Progress, silent
 
 ARTEFACT = "model.onnx"
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -37,12 +48,19 @@ def version() -> str:
     return str(torch.__version__)
 
 
-def build(onnx: Path, folder: Path) -> tuple[Path, ...]:
+def compiled_for(settings: BuildSettings) -> str:
+    """Nothing: its artefacts run wherever it does."""
+    return runs_anywhere("torch", settings)
+
+
+def build(onnx: Path, folder: Path, settings: BuildSettings = PLAIN, progress: Progress = silent) -> tuple[Path, ...]:
     """The ONNX file itself, checked to hold only operators that this engine knows.
 
     Raises:
         EngineError: it holds others; all of them are named.
+        OptionError: a batch or a workspace.
     """
+    compiled_for(settings)
     graph = simplify(load_graph(onnx)).graph
     unknown = sorted({node.op_type for node in graph} - set(OPERATORS) - {"QuantizeLinear", "DequantizeLinear"})
     if unknown:

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ptq3d.cache import cache_folder
 from ptq3d.engines import choose_backend, get_backend
 from ptq3d.engines.base import PLAIN, BuildSettings
 from ptq3d.errors import OptionError
@@ -170,10 +171,3 @@ def cached_artefact(
     if (folder / FILE).is_file():
         return folder, read_beside(folder)
     return folder, build_artefact(model, folder, name, late_head=late_head, settings=settings, quiet=False)
-
-
-def cache_folder() -> Path:
-    """Where artefacts are kept: $PTQ3D_CACHE, or ptq3d in the user's cache folder."""
-    if "PTQ3D_CACHE" in os.environ:
-        return Path(os.environ["PTQ3D_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ptq3d"

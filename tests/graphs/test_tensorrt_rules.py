@@ -273,6 +273,15 @@ def default_attributes(model: ir.Model) -> None:
     attribute("Conv", 1, auto_pad="NOTSET", group=1)(model)
 
 
+def int8_said_twice(model: ir.Model) -> None:
+    attribute("QuantizeLinear", output_dtype=ir.DataType.INT8.value)(model)
+
+
+def int8_said_by_the_attribute(model: ir.Model) -> None:
+    attribute("QuantizeLinear", output_dtype=ir.DataType.INT8.value)(model)
+    node_of(model, "QuantizeLinear").resize_inputs(2)
+
+
 def valid_without_pads(model: ir.Model) -> None:
     attribute("Conv", -1, auto_pad="VALID", pads=[0] * 6)(model)
 
@@ -300,6 +309,8 @@ def quantized_weights_of_floats(model: ir.Model) -> None:
         scale_of_one_element,
         integers_as_output,
         default_attributes,
+        int8_said_twice,
+        int8_said_by_the_attribute,
         valid_without_pads,
         quantized_weights_of_floats,
         with_opset(22, lambda model: ""),

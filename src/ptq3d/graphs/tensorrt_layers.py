@@ -45,7 +45,7 @@ def channel_axis(node: ir.Node, _: Setting) -> str | None:
     producer = maker(operand(node, 1))
     if producer is None or producer.op_type not in QDQ or steps_of(producer) == 1 or "axis" not in producer.attributes:
         return None
-    if not is_stored(operand(producer, 0)) and not is_stored(operand(maker(operand(producer, 0)) or producer, 0)):
+    if not _stored_weights(node):
         return None
     rank = rank_of(node.inputs[1]) or 1
     found, wanted = number(producer, "axis") % rank, weight_axis(node) % rank

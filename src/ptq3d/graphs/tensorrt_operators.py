@@ -97,7 +97,7 @@ def operand_type(node: ir.Node, _: Setting) -> str | None:
     value = operand(node, FIRST_OPERAND.get(node.op_type, 0))
     kind, producer = type_of(value), maker(value)
     quantized = node.op_type in QDQ or (producer is not None and producer.op_type == "QuantizeLinear")
-    if kind in (None, ir.DataType.DOUBLE, *OPERATORS[node.op_type]) or quantized or kind is None:
+    if kind is None or kind == ir.DataType.DOUBLE or kind in OPERATORS[node.op_type] or quantized:
         return None
     names = _listed(OPERATORS[node.op_type])
     return f"{node.op_type} reads {kind.name}, TensorRT takes {names} there: put a Cast in front of it."

@@ -46,7 +46,7 @@ def integer_type(node: ir.Node, _: Setting) -> str | None:
     if not quantizes and (_is_bias(node) or (producer is not None and producer.op_type == "QuantizeLinear")):
         return None
     kind = type_of(operand(node, 2 if quantizes else 0))
-    if kind in (ir.DataType.INT8, None) or kind is None:
+    if kind is None or kind == ir.DataType.INT8:
         return None
     return (
         f"it {'makes' if quantizes else 'reads'} {kind.name}, TensorRT quantizes to INT8 with zero-point 0: {RETARGET}."
@@ -161,13 +161,14 @@ def block_scales(node: ir.Node, _: Setting) -> str | None:
 
 @on(*QDQ)
 def output_type(node: ir.Node, _: Setting) -> str | None:
-    """`output_dtype` is left out: 10.1 refuses it of DQ, and the zero-point says it of Q.
+    """`output_dtype` is left out of DQ, whose scale says it, and is int8 on Q where it is written at all.
 
     Source: onnx-tensorrt onnxOpImporters.cpp, QuantDequantLinearHelper.
     """
-    return (
-        f"it has output_dtype, which TensorRT 10 does not take: {RETARGET}." if number(node, "output_dtype") else None
-    )
+    wanted = number(node, "output_dtype")
+    if not wanted or (node.op_type == "QuantizeLinear" and wanted == ir.DataType.INT8):
+        return None
+    return f"it has output_dtype {ir.DataType(wanted).name}, which TensorRT does not take there: {RETARGET}."
 
 
 @on(*QDQ)

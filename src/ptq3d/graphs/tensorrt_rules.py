@@ -42,7 +42,7 @@ def violations(model: ir.Model, version: Version = OLDEST) -> tuple[Violation, .
 
     Args:
         model: a simplified graph, Q/DQ or not, so that names, shapes and types are known.
-        version: the oldest TensorRT that it is for; it must do for every later one up to 11, too.
+        version: (major, minor) of the TensorRT that it is for; the rules of 10.3 are enough for all up to 11.
 
     Returns:
         Rule by rule, in the graph's order; empty where TensorRT takes the graph as it is.

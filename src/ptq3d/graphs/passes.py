@@ -155,3 +155,14 @@ def _may_be_unsigned(node: ir.Node) -> bool:
     return all(reader.op_type == "DequantizeLinear" for reader in readers) and not any(
         reader.op_type in ("MatMul", "Transpose") for reader, _ in factors
     )
+
+
+def write_kernel_shapes(model: ir.Model) -> None:
+    """Give every convolution its kernel_shape, in place: TensorRT 10.3 does not infer it of weights that are dequantized.
+
+    Source: ONNX Conv-11 and ConvTranspose-11: where it is missing, it is that of the weights.
+    """
+    for node in model.graph:
+        sides = shape_of(node.inputs[1])[2:] if node.op_type in ("Conv", "ConvTranspose") else ()
+        if sides and "kernel_shape" not in node.attributes:
+            node.attributes["kernel_shape"] = ir.AttrInt64s("kernel_shape", sides)

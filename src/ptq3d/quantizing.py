@@ -22,7 +22,7 @@ from ptq3d.manifest import Manifest, embed
 from ptq3d.options import ExportOptions, QuantizeOptions, SourceOptions
 from ptq3d.pipeline import Written, case_windows
 from ptq3d.progress import Progress, bar
-from ptq3d.quantization import calibration, planning, qdq, retargeting, second_terms
+from ptq3d.quantization import calibration, planning, qdq, retargeting
 from ptq3d.quantization.observation import Observations
 from ptq3d.quantization.quantizer import Quantized, Recipe
 from ptq3d.quantization.targets import Target, get_target
@@ -132,7 +132,7 @@ def settled(options: QuantizeOptions, found: Calibrated, engines: Engines) -> tu
     """The recipe that the options describe, with second terms that calibration windows call for where none are asked for; what
     was found out of them."""
     start = recipe_of(options)
-    if options.second_terms is not None or not get_target(options.target).second_terms:
+    if options.second_terms is not None or get_target(options.target).mending is None:
         return start, {}
     with bar("Second terms", quiet=options.quiet) as progress:
         result = with_fewest_terms(engines, start, found.some, found.manifest.classes, progress=progress)
@@ -195,10 +195,16 @@ def recipe_of(options: QuantizeOptions) -> Recipe:
         target=options.target,
         calibration_method=options.calibration_method,
         equalize=options.equalize,
-        second_terms=second_terms.COST if options.second_terms is None else options.second_terms,
+        second_terms=_most(options.target) if options.second_terms is None else options.second_terms,
         rounding=options.rounding,
         keep=tuple(options.keep),
     )
+
+
+def _most(target: str) -> float:
+    """The share of the work that a target may spend on sensitive layers."""
+    prices = get_target(target).mending
+    return 0.0 if prices is None else prices.most
 
 
 def _counted(

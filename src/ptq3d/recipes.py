@@ -35,12 +35,14 @@ class Engines:
     Args:
         model: the simplified FP32 graph; it is left as it is.
         seen: what calibration saw of it.
-        target: the runtime the graphs are written for; its own engine runs them where ptq3d has it, else ONNX Runtime's.
+        target: the runtime the graphs are written for; its own engine runs them where ptq3d has one that is there and needs no
+            minutes to be built, else ONNX Runtime's.
         scratch: a folder for engines.
     """
 
     def __init__(self, model: ir.Model, seen: Observations, target: str, scratch: Path) -> None:
-        self.model, self.name = model, target if target in BACKENDS else "onnxruntime"
+        own = target in BACKENDS and target != "tensorrt"
+        self.model, self.name = model, target if own else "onnxruntime"
         self._seen, self._scratch = seen, scratch
         self._backend, self._rounded = get_backend(self.name), Rounded()
         self._made: dict[Recipe, Quantized] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from ptq3d.graphs.files import load_graph, save_graph
 from ptq3d.graphs.layers import layers, parameter_count
 from ptq3d.graphs.passes import simplify
 from ptq3d.int8 import Scale, dequantize, quantize, scale_of_weight
-from ptq3d.quantization import planning, qdq, second_terms
+from ptq3d.quantization import planning, qdq, quantizer, second_terms
 from ptq3d.quantization.calibration import watch
 from ptq3d.quantization.observation import Observations, TensorSeen
 from ptq3d.quantization.quantizer import Recipe, quantize_graph
@@ -25,10 +26,10 @@ from ptq3d.quantization.targets import TARGETS
 from quantizing import IMAGES, example, graph, observed_exactly, outputs, planned
 
 IN_FRONT = {"image": "image", "Conv": "conv_0_out"} | {op: f"{op.lower()}_1_out" for op in ("Relu", "LeakyRelu", "Elu")}
-
-
+PRICES = TARGETS["openvino"].mending
+assert PRICES is not None
 MACS = sum(layer.macs for layer in layers(example("unet")[0]))
-WORK, WEIGHTS = second_terms.work(example("unet")[0]), parameter_count(example("unet")[0])
+WORK, WEIGHTS = second_terms.work(example("unet")[0], PRICES), parameter_count(example("unet")[0])
 
 
 @pytest.fixture(autouse=True)
@@ -40,9 +41,9 @@ def every_noise_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_network_that_errs_little_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     quiet = [Noise(f"layer{index}", "t", 0.001**2, 1, 1, 1.0, 1.0) for index in range(9)]
-    assert second_terms.choose(quiet, example("unet")[0]) != second_terms.Mended()
+    assert second_terms.choose(quiet, example("unet")[0], PRICES) != second_terms.Mended()
     monkeypatch.setattr(second_terms, "ENOUGH", 0.004**2)
-    assert second_terms.choose(quiet, example("unet")[0]) == second_terms.Mended()
+    assert second_terms.choose(quiet, example("unet")[0], PRICES) == second_terms.Mended()
 
 
 def test_a_layer_that_buys_less_than_its_work_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,7 +54,7 @@ def test_a_layer_that_buys_less_than_its_work_is_left_alone(monkeypatch: pytest.
     for cost, chosen in ((0.25, {0.7: both, 0.8: good, 1.8: []}), (0.5, {0.8: both, 1.4: both, 1.6: good, 3.6: []})):
         for worth, split in chosen.items():
             monkeypatch.setattr(second_terms, "WORTH", worth)
-            assert [layer.layer for layer in second_terms.choose(found, model, cost=cost).split] == split
+            assert [layer.layer for layer in second_terms.choose(found, model, PRICES, cost=cost).split] == split
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,7 @@ def split(
     model = graph(network(path, in_front))
     seen = observed_exactly(model)
     plan = planned(model, "tensorrt" if symmetric else "openvino", seen=seen)
-    chosen = [noise for noise in second_terms.noises(model, plan, seen) if noise.tensor == IN_FRONT[in_front]]
+    chosen = [noise for noise in second_terms.noises(model, plan, seen, PRICES) if noise.tensor == IN_FRONT[in_front]]
     chosen = chosen[:1] if in_front == "LeakyRelu" else chosen  # the other reader goes on with one term
     return model, seen, chosen, second_terms.split(model, chosen, seen, symmetric=symmetric)
 
@@ -144,7 +145,8 @@ def error(model: ir.Model, seen: Observations, recipe: Recipe, folder: Path) -> 
 
 def test_two_terms_err_several_times_less_than_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the weights lie on their grid, so that only activations err, and every layer is split."""
-    monkeypatch.setattr(second_terms, "FLOAT_SHARE", 0.0)
+    target = replace(TARGETS["openvino"], mending=replace(PRICES, float_share=0.0))
+    monkeypatch.setattr(quantizer, "get_target", lambda _: target)
     model = graph(NETWORKS["meshnet"](tmp_path / "n.onnx"))
     for node in model.graph:
         if node.op_type == "Conv":
@@ -185,7 +187,7 @@ def noisy_layers(draw: st.DrawFn) -> list[Noise]:
 @given(noisy_layers(), st.floats(0.01, 0.5))
 def test_the_choice_keeps_to_its_price_and_takes_the_best_first(found: list[Noise], cost: float) -> None:
     """Two budgets, work and bytes: what is left out is not noisy enough, or what was worthier left no room for it."""
-    chosen = second_terms.choose(found, example("unet")[0], cost=cost)
+    chosen = second_terms.choose(found, example("unet")[0], PRICES, cost=cost)
     room = np.array([cost * WORK, second_terms.WEIGHTS * WEIGHTS + second_terms.BYTES])
     two_terms = {noise.layer: np.array([noise.split_work, noise.weights]) / room for noise in found}
     floats = {noise.layer: np.array([noise.float_work, 3 * noise.weights]) / room for noise in found}
@@ -193,7 +195,7 @@ def test_the_choice_keeps_to_its_price_and_takes_the_best_first(found: list[Nois
     spent |= {noise.layer: floats[noise.layer] for noise in chosen.floating}
     assert len(spent) == len(chosen.split) + len(chosen.floating)
     assert (sum(spent.values(), np.zeros(2)) <= 1 + 1e-9).all()
-    assert sum(noise.macs for noise in chosen.floating) <= second_terms.FLOAT_SHARE * MACS
+    assert sum(noise.macs for noise in chosen.floating) <= PRICES.float_share * MACS
     least = second_terms.NEEDED * sum(noise.noise for noise in found)
     worth = {noise.layer: noise.noise / min(two_terms[noise.layer].sum(), floats[noise.layer].sum()) for noise in found}
     for noise in found:
@@ -207,9 +209,9 @@ def test_the_choice_keeps_to_its_price_and_takes_the_best_first(found: list[Nois
 
 def test_nothing_is_chosen_for_next_to_no_price(unet: ir.Model) -> None:
     seen = observed_exactly(unet)
-    found = second_terms.noises(unet, planned(unet, seen=seen), seen)
+    found = second_terms.noises(unet, planned(unet, seen=seen), seen, PRICES)
     assert found
-    assert second_terms.choose(found, unet, cost=1e-9) == second_terms.Mended()
+    assert second_terms.choose(found, unet, PRICES, cost=1e-9) == second_terms.Mended()
 
 
 def test_noise_is_what_8_bits_do_to_the_output_of_a_layer(unet: ir.Model) -> None:
@@ -217,7 +219,7 @@ def test_noise_is_what_8_bits_do_to_the_output_of_a_layer(unet: ir.Model) -> Non
     seen = observed_exactly(unet)
     plan = planned(unet, seen=seen)
     nodes = {str(node.name): node for node in unet.graph}
-    for noise in second_terms.noises(unet, plan, seen):
+    for noise in second_terms.noises(unet, plan, seen, PRICES):
         weight = nodes[noise.layer].inputs[1].const_value.numpy()
         output = str(nodes[noise.layer].outputs[0].name)
         (values,) = watch(unet, [noise.tensor, output], IMAGES[:1])
@@ -246,3 +248,21 @@ def test_the_second_term_is_never_clipped(low: float, high: float, symmetric: bo
     scale = second_terms._scale(seen, symmetric=symmetric)
     r = np.linspace(0, second_terms.K * float(scale.step), 50, dtype=np.float32)
     assert np.abs(dequantize(quantize(r, scale), scale) - r).max() <= 0.51 * scale.step
+
+
+def test_where_two_terms_are_never_worth_it_layers_leave_int8(tmp_path: Path) -> None:
+    """Also those that read a concat, which second terms cannot be made of; within their share, and nothing is split."""
+    model = graph(NETWORKS["unet"](tmp_path / "n.onnx"))
+    prices = TARGETS["tensorrt"].mending
+    assert prices is not None
+    assert prices.terms is None
+    seen = observed_exactly(model, placement=planning.place(model, TARGETS["tensorrt"]))
+    plan = planned(model, "tensorrt", seen=seen)
+    found = second_terms.noises(model, plan, seen, prices)
+    read = {node.name: node.inputs[0].producer() for node in model.graph if node.op_type == "Conv"}
+    joined = {name for name, maker in read.items() if maker is not None and maker.op_type == "Concat"}
+    assert joined & {noise.layer for noise in found}
+    chosen = second_terms.choose(found, model, prices, cost=100, integers=len(plan.layers))
+    assert chosen.floating
+    assert not chosen.split
+    assert sum(noise.macs for noise in chosen.floating) <= prices.float_share * sum(one.macs for one in layers(model))

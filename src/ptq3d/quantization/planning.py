@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 import onnx_ir as ir
 
 from ptq3d.errors import OptionError
-from ptq3d.graphs.layers import WEIGHT_AXIS, groups, layers, weight_axis, weight_value
+from ptq3d.graphs.layers import WEIGHT_AXIS, groups, layers, shape_of, weight_axis, weight_value
 from ptq3d.int8 import Scale, scale_of_range, scale_of_weight
 from ptq3d.quantization.observers import Range
 from ptq3d.quantization.targets import MOVES, Target
@@ -265,11 +265,18 @@ def _why_float(node: ir.Node, target: Target, keep: Sequence[str]) -> str | None
         return f"{target.name} has no INT8 {node.op_type}"
     if node.op_type == "ConvTranspose" and groups(node) > 1:
         return f"{target.name} has no grouped INT8 ConvTranspose"
+    if groups(node) > 1 and any(channels % target.group_multiple for channels in _of_a_group(node)):
+        return f"{target.name} has INT8 groups of multiples of {target.group_multiple} channels only"
     if node.op_type == "Gemm" and weight_value(node) is None:
         return "its weights are no constant"
     if weight_value(node) is not None and node.inputs[0] is not None and node.inputs[0].const_value is not None:
         return "both inputs are constants"
     return None
+
+
+def _of_a_group(node: ir.Node) -> tuple[int, int]:
+    """The channels that a group of a convolution reads, and those that it makes."""
+    return shape_of(node.inputs[0])[1] // groups(node), shape_of(node.outputs[0])[1] // groups(node)
 
 
 def pieces_of(value: ir.Value | None) -> Sequence[ir.Value | None]:
@@ -358,6 +365,14 @@ def _group_scales(
 def input_step(node: ir.Node, plan: Plan) -> float:
     """The INT8 step of a planned layer's input, 0 where it is a constant."""
     return max((float(plan.activations[name].step) for name in _sources(node.inputs[0])), default=0.0)
+
+
+def scale_read(node: ir.Node, plan: Plan) -> Scale | None:
+    """The scale of a planned layer's input, through concats and moves; None where it has several, or is no quantized tensor."""
+    found = [plan.activations.get(name) for name in _sources(node.inputs[0])]
+    first = found[0] if found else None
+    alike = first is not None and all(one is not None and one.equals(first) for one in found)
+    return first if alike else None
 
 
 def int8_mac_share(model: ir.Model, plan: Plan) -> float:

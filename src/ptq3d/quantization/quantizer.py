@@ -94,9 +94,9 @@ def quantize_graph(
     ranges = seen.ranges(placement, method=recipe.calibration_method, symmetric=target.symmetric)
     plan = planning.plan(model, placement, ranges, target)
     kept, mended = {**placement.kept, **({} if head is None else {head: HEAD})}, second_terms.Mended()
-    if recipe.second_terms and target.second_terms:
-        found = second_terms.noises(model, plan, seen)
-        mended = second_terms.choose(found, model, cost=recipe.second_terms, integers=len(plan.layers))
+    if recipe.second_terms and target.mending is not None:
+        found = second_terms.noises(model, plan, seen, target.mending)
+        mended = second_terms.choose(found, model, target.mending, cost=recipe.second_terms, integers=len(plan.layers))
         kept |= {layer.layer: "too sensitive for 8 bits, and thin" for layer in mended.floating}
         scales = second_terms.split(model, mended.split, seen, symmetric=target.symmetric)
         seen = second_terms.split_rows(seen, mended.split, scales)

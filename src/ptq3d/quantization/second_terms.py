@@ -26,9 +26,9 @@ from ptq3d.graphs.layers import groups, layers, parameter_count, shape_of
 from ptq3d.graphs.passes import infer_shapes, insert_behind
 from ptq3d.int8 import Scale, dequantize, quantize, scale_of_range
 from ptq3d.quantization.observation import Observations, TensorSeen, widened
-from ptq3d.quantization.planning import Plan
+from ptq3d.quantization.planning import Plan, scale_read
 from ptq3d.quantization.rows import Gram, Matrix, matrix_of
-from ptq3d.quantization.targets import ACTIVATIONS, VIEWS
+from ptq3d.quantization.targets import ACTIVATIONS, VIEWS, Prices
 
 K = 16
 ROOM = 1.5  # the step may be coarse, so the range reaches further than what calibration saw
@@ -43,13 +43,6 @@ FLOAT_WORTH = (
 )
 WEIGHTS = 0.018  # of the network's INT8 weights that may be added in bytes, at most: files stay 3.8 times smaller
 BYTES = 100_000  # besides: a small network is small enough
-FLOAT_SHARE = 0.05  # of the network's multiplications that may leave INT8 this way
-# work in INT8 multiplications, as measured in OpenVINO on processors with VNNI
-WORK_PER_VALUE = 150  # an INT8 value written and read by an operator that does not multiply
-WORK_PER_TERMS = 500  # a float32 value written, read and written again as two terms
-WORK_PER_FLOAT_VALUE = 300  # a value written as float32 and read again where it was INT8
-WORK_PER_FLOAT_MAC = 4.5  # beyond the INT8 one
-LANES, OUTPUTS = 4, 16  # input and output channels that INT8 instructions take at once
 Floats = npt.NDArray[np.float32]
 
 
@@ -89,26 +82,28 @@ class Mended:
     floating: tuple[Noise, ...] = ()
 
 
-def noises(model: ir.Model, plan: Plan, seen: Observations) -> tuple[Noise, ...]:
-    """The noise of every convolution that reads one quantized tensor straight.
+def noises(model: ir.Model, plan: Plan, seen: Observations, prices: Prices) -> tuple[Noise, ...]:
+    """The noise of every convolution that reads one quantized tensor straight, or, where floating point mends it, several of one scale.
 
     Args:
         model: the FP32 graph that was planned.
         plan: with the scales of the tensors.
         seen: rows of every layer.
+        prices: of the runtime.
     """
     macs = {layer.name: layer.macs for layer in layers(model)}
     images = {value.name for value in model.graph.inputs}
     found = []
     for node in model.graph:
         name = str(node.name)
-        source = str(node.inputs[0].name) if node.inputs and node.inputs[0] is not None else ""
         if node.op_type != "Conv" or groups(node) != 1 or name not in seen.layers or name not in plan.layers:
             continue
-        if source in plan.activations:
-            noise = _noise(node, seen.layers[name], plan.activations[source])
-            prices = _prices(node, macs[name], is_image=source in images)
-            found.append(Noise(name, source, noise, macs[name], int(np.prod(shape_of(node.inputs[1]))), *prices))
+        source = str(node.inputs[0].name) if node.inputs[0] is not None else ""
+        scale = plan.activations.get(source) or (scale_read(node, plan) if prices.terms is None else None)
+        if scale is not None:
+            noise = _noise(node, seen.layers[name], scale)
+            price = _price(node, macs[name], prices, is_image=source in images)
+            found.append(Noise(name, source, noise, macs[name], int(np.prod(shape_of(node.inputs[1]))), *price))
     return tuple(found)
 
 
@@ -119,43 +114,48 @@ def _noise(node: ir.Node, gram: Gram, scale: Scale) -> float:
     return float(np.square(error).mean(0).sum()) / max(signal, 1e-30)
 
 
-def _prices(node: ir.Node, macs: int, *, is_image: bool) -> tuple[float, float]:
+def _price(node: ir.Node, macs: int, prices: Prices, *, is_image: bool) -> tuple[float, float]:
     """(of a second term, of floating point); an image is float32 already."""
     values, channels = float(np.prod(shape_of(node.inputs[0]))), shape_of(node.inputs[0])[1]
-    full = macs * _padding(node.inputs[1])
-    split = full * (_up(2 * channels, LANES) / _up(channels, LANES) - 1) + WORK_PER_TERMS * values
-    return split, macs * WORK_PER_FLOAT_MAC + (0 if is_image else WORK_PER_FLOAT_VALUE * values)
+    full, lanes = macs * _padding(node.inputs[1], prices.lanes), prices.lanes[0]
+    more = full * (_up(2 * channels, lanes) / _up(channels, lanes) - 1)
+    split = float("inf") if prices.terms is None else more + prices.terms * values
+    moved = 0.0 if is_image else prices.float_value * values
+    return split, macs * prices.float_mac + moved
 
 
 def _up(number: int, step: int) -> int:
     return -(-number // step) * step
 
 
-def _padding(weight: ir.Value | None) -> float:
+def _padding(weight: ir.Value | None, lanes: tuple[int, int]) -> float:
     """How much more a convolution multiplies where its channels do not fill the lanes."""
     made, read = shape_of(weight)[:2]
-    return _up(read, LANES) / read * _up(made, OUTPUTS) / made
+    return _up(read, lanes[0]) / read * _up(made, lanes[1]) / made
 
 
-def work(model: ir.Model) -> float:
+def work(model: ir.Model, prices: Prices) -> float:
     """What the network costs, in INT8 multiplications: its own, and the values that move."""
     moved = [
         node for node in model.graph if node.op_type not in ACTIVATIONS | VIEWS
     ]  # those run inside the layer before
     values = sum(float(np.prod(shape_of(value))) for node in moved for value in node.outputs)
-    padding = {node.name: _padding(node.inputs[1]) for node in model.graph if node.op_type == "Conv"}
-    return sum(layer.macs * padding.get(layer.name, 1.0) for layer in layers(model)) + WORK_PER_VALUE * values
+    padding = {node.name: _padding(node.inputs[1], prices.lanes) for node in model.graph if node.op_type == "Conv"}
+    return sum(layer.macs * padding.get(layer.name, 1.0) for layer in layers(model)) + prices.value * values
 
 
-def choose(found: Sequence[Noise], model: ir.Model, *, cost: float = COST, integers: int | None = None) -> Mended:
+def choose(
+    found: Sequence[Noise], model: ir.Model, prices: Prices, *, cost: float = COST, integers: int | None = None
+) -> Mended:
     """The layers where most noise goes away for the price, each in the cheaper of the two ways.
 
-    The price is a share of what may be spent: of work, and of bytes in proportion (a second term adds one a weight,
-    floating point three).
+    The price is a share of what may be spent: of work, and of bytes in proportion (a second term adds one a weight, FP32 three,
+    FP16 one).
 
     Args:
         found: from `noises`.
         model: the graph they were found in.
+        prices: of the runtime.
         cost: the share of its work that may be added.
         integers: how many layers are INT8, of which at least one stays; default: those of `found`.
     """
@@ -164,9 +164,9 @@ def choose(found: Sequence[Noise], model: ir.Model, *, cost: float = COST, integ
         return Mended()
     whole_noise = sum(layer.noise for layer in found)
     least = NEEDED * whole_noise
-    works, whole = cost * work(model), WEIGHTS * parameter_count(model) + BYTES
-    options = [(layer, _spent(layer, works, whole)) for layer in found if layer.noise >= least]
-    left, float_left = np.ones(2), FLOAT_SHARE * sum(layer.macs for layer in layers(model))
+    works, whole = cost * work(model, prices), WEIGHTS * parameter_count(model) + BYTES
+    options = [(layer, _spent(layer, works, whole, prices.float_bytes)) for layer in found if layer.noise >= least]
+    left, float_left = np.ones(2), prices.float_share * sum(layer.macs for layer in layers(model))
     remaining = whole_noise
     split: list[Noise] = []
     floating: list[Noise] = []
@@ -183,10 +183,10 @@ def choose(found: Sequence[Noise], model: ir.Model, *, cost: float = COST, integ
     return Mended(tuple(split), tuple(floating))
 
 
-def _spent(layer: Noise, works: float, whole: float) -> Matrix:
+def _spent(layer: Noise, works: float, whole: float, float_bytes: int) -> Matrix:
     """((work, bytes) of a second term, the same of floating point), in shares of what may be spent."""
-    rows = [[layer.split_work / works, layer.weights / whole], [layer.float_work / works, 3 * layer.weights / whole]]
-    return np.asarray(rows)
+    floats = [layer.float_work / works, float_bytes * layer.weights / whole]
+    return np.asarray([[layer.split_work / works, layer.weights / whole], floats])
 
 
 def split(model: ir.Model, chosen: Sequence[Noise], seen: Observations, *, symmetric: bool) -> dict[str, Scale]:

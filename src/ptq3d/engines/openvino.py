@@ -1,4 +1,4 @@
-"""OpenVINO on the CPU (and any other device it names): the default engine."""
+"""OpenVINO on the CPU, an Intel GPU or an NPU: the default engine."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from ptq3d.engines.base import (
     Precision,
     Windows,
     head_layer,
+    padded,
     require_windows,
     runs_anywhere,
 )
@@ -46,6 +47,7 @@ from ptq3d.progress import Progress, silent
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 PRECISIONS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 REPORTED = {"u8": "int8", "i8": "int8", "f32": "fp32", "bf16": "bf16", "f16": "fp16"}
+OPTIONAL = frozenset({"INFERENCE_NUM_THREADS", "NUM_STREAMS"})  # a GPU has no CPU threads, an NPU neither
 ARTEFACT = "model.xml"
 SHARE = 4  # one in so many threads is for what is done with the answers of `stream`
 
@@ -111,17 +113,34 @@ def open(folder: Path, options: EngineOptions) -> OpenVinoEngine:
 
     Raises:
         EngineError: OpenVINO cannot read or compile it.
-        UnavailableError: no such device.
+        UnavailableError: no such device, or not with that precision.
+        OptionError: a precision that OpenVINO does not have.
     """
     import openvino
 
     core = openvino.Core()
-    device = "CPU" if options.device == "auto" else options.device
-    if device.split(".")[0] not in {name.split(".")[0] for name in core.available_devices}:
-        raise UnavailableError(f"OpenVINO has no device '{device}' here, only: {', '.join(core.available_devices)}.")
+    device = "CPU" if options.device == "auto" else options.device.upper()
+    settings = _device_settings(core, device, options)
     with _engine_errors(f"OpenVINO cannot load {folder / ARTEFACT}"):
         model = channels_last(sum_apart(core.read_model(folder / ARTEFACT)))
-        return OpenVinoEngine(model, core.compile_model(model, device, _settings(options)), load_head(folder), options)
+        return OpenVinoEngine(model, core.compile_model(model, device, settings), load_head(folder), options)
+
+
+def _device_settings(core: Any, device: str, options: EngineOptions) -> dict[str, Any]:
+    """What a device is told: the precision in so many words (a GPU's own is f16), threads and streams where it has them."""
+    devices = core.available_devices
+    if not {device, device.removesuffix(".0")} & {*devices, *(name.split(".")[0] for name in devices)}:
+        raise UnavailableError(f"OpenVINO has no device '{device}' here, only: {', '.join(devices)}.")
+    settings = _settings(options)
+    with _engine_errors(f"OpenVINO cannot say what its device '{device}' does"):
+        properties = core.get_property(device, "SUPPORTED_PROPERTIES")
+        offered = core.get_property(device, "OPTIMIZATION_CAPABILITIES")
+    if options.precision.upper() not in offered:
+        able = ", ".join(name for name in PRECISIONS if name.upper() in offered)
+        raise UnavailableError(
+            f"OpenVINO's device '{device}' does not compute in {options.precision}, only in {able}: --precision"
+        )
+    return {name: value for name, value in settings.items() if name not in OPTIONAL or properties.get(name) == "RW"}
 
 
 def _settings(options: EngineOptions) -> dict[str, Any]:
@@ -176,7 +195,7 @@ class OpenVinoEngine:
             piece = windows[start : start + self._batch]
             with _engine_errors("OpenVINO failed while it ran the network"):
                 result = self._requests[0].infer(
-                    {0: _padded(piece, self._batch)}, share_inputs=True, share_outputs=True
+                    {0: padded(piece, self._batch)}, share_inputs=True, share_outputs=True
                 )
             answers.append(result[0][: len(piece)].copy())
         return np.moveaxis(answers[0] if len(answers) == 1 else np.concatenate(answers), -1, 1)
@@ -203,7 +222,7 @@ class OpenVinoEngine:
     def _started(self, request: Any, group: Sequence[Tensor]) -> Windows:
         piece: Windows = torch.stack(list(group)).numpy() if len(group) > 1 else group[0][None].numpy()
         require_windows(piece, self._spec)
-        piece = _padded(piece, self._batch)
+        piece = padded(piece, self._batch)
         with _engine_errors("OpenVINO failed while it ran the network"):
             request.start_async({0: piece}, share_inputs=True)
         return piece
@@ -247,13 +266,6 @@ class OpenVinoEngine:
         self.close()
 
 
-def _padded(windows: Windows, batch: int) -> Windows:
-    missing = batch - len(windows)
-    if not missing:
-        return np.ascontiguousarray(windows)
-    return np.concatenate([windows, np.zeros((missing, *windows.shape[1:]), np.float32)])
-
-
 def _classifier(head: Head, threads: int) -> Classifier:
     """Blocks of voxels through MatMul, Add and TopK; the last, shorter block is filled up."""
     import openvino
@@ -283,10 +295,17 @@ def _classifier(head: Head, threads: int) -> Classifier:
     return classes_of
 
 
-def _executed(compiled: Any) -> dict[str, tuple[str, str]]:
-    """Name of a layer of the model -> (operation, precision) of the node of the execution graph that holds it."""
+def _executed(compiled: Any) -> dict[str, tuple[str, str]] | None:
+    """Name of a layer of the model -> (operation, precision) of the node of the execution graph that holds it.
+
+    None where the device shows no such graph, as an NPU.
+    """
+    try:
+        nodes = compiled.get_runtime_model().get_ops()
+    except RuntimeError:
+        return None
     executed = {}
-    for node in compiled.get_runtime_model().get_ops():
+    for node in nodes:
         info = {
             key: node.get_rt_info()[key].astype(str) for key in ("originalLayersNames", "layerType", "runtimePrecision")
         }
@@ -295,13 +314,14 @@ def _executed(compiled: Any) -> dict[str, tuple[str, str]]:
     return executed
 
 
-def _reports(model: Any, executed: Mapping[str, tuple[str, str]]) -> Iterator[LayerReport]:
+def _reports(model: Any, executed: Mapping[str, tuple[str, str]] | None) -> Iterator[LayerReport]:
     for operation in model.get_ordered_ops():
         macs = MACS.get(operation.get_type_name())
         if macs is None:
             continue
         name = operation.get_friendly_name()
-        kind, precision = executed.get(name, ("not in the execution graph", "f32"))
+        absent = ("not in the execution graph", "f32") if executed is not None else ("not shown", "unknown")
+        kind, precision = (executed or {}).get(name, absent)
         yield LayerReport(
             name.removesuffix("/WithoutBiases"), kind, REPORTED.get(precision, precision), macs(operation)
         )

@@ -8,7 +8,7 @@ import os
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -37,6 +37,7 @@ from ptq3d.engines.openvino_model import (
     sum_apart,
     tables_as_inputs,
 )
+from ptq3d.engines.openvino_report import reports
 from ptq3d.errors import EngineError, GraphError, OptionError, UnavailableError
 from ptq3d.graphs.files import load_graph, save_graph
 from ptq3d.graphs.passes import simplify, unsigned_activations
@@ -46,7 +47,6 @@ from ptq3d.progress import Progress, silent
 # `convert_model` forks to tell Intel of each build: no patient's network should, and a fork beside busy threads can hang
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 PRECISIONS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
-REPORTED = {"u8": "int8", "i8": "int8", "f32": "fp32", "bf16": "bf16", "f16": "fp16"}
 OPTIONAL = frozenset({"INFERENCE_NUM_THREADS", "NUM_STREAMS"})  # a GPU has no CPU threads, an NPU neither
 ARTEFACT = "model.xml"
 SHARE = 4  # one in so many threads is for what is done with the answers of `stream`
@@ -194,9 +194,7 @@ class OpenVinoEngine:
         for start in range(0, len(windows), self._batch):
             piece = windows[start : start + self._batch]
             with _engine_errors("OpenVINO failed while it ran the network"):
-                result = self._requests[0].infer(
-                    {0: padded(piece, self._batch)}, share_inputs=True, share_outputs=True
-                )
+                result = self._requests[0].infer({0: padded(piece, self._batch)}, share_inputs=True, share_outputs=True)
             answers.append(result[0][: len(piece)].copy())
         return np.moveaxis(answers[0] if len(answers) == 1 else np.concatenate(answers), -1, 1)
 
@@ -250,7 +248,7 @@ class OpenVinoEngine:
         """Every multiplying layer with its precision in the execution graph."""
         self._require_open()
         late = head_layer(self._head, math.prod(self._spec.window))
-        return (*_reports(self._model, _executed(self._compiled)), *late)
+        return (*reports(self._model, self._compiled), *late)
 
     def close(self) -> None:
         """Free the network."""
@@ -293,64 +291,6 @@ def _classifier(head: Head, threads: int) -> Classifier:
         return found
 
     return classes_of
-
-
-def _executed(compiled: Any) -> dict[str, tuple[str, str]] | None:
-    """Name of a layer of the model -> (operation, precision) of the node of the execution graph that holds it.
-
-    None where the device shows no such graph, as an NPU.
-    """
-    try:
-        nodes = compiled.get_runtime_model().get_ops()
-    except RuntimeError:
-        return None
-    executed = {}
-    for node in nodes:
-        info = {
-            key: node.get_rt_info()[key].astype(str) for key in ("originalLayersNames", "layerType", "runtimePrecision")
-        }
-        for name in info["originalLayersNames"].split(","):
-            executed[name] = (info["layerType"], info["runtimePrecision"])
-    return executed
-
-
-def _reports(model: Any, executed: Mapping[str, tuple[str, str]] | None) -> Iterator[LayerReport]:
-    for operation in model.get_ordered_ops():
-        macs = MACS.get(operation.get_type_name())
-        if macs is None:
-            continue
-        name = operation.get_friendly_name()
-        absent = ("not in the execution graph", "f32") if executed is not None else ("not shown", "unknown")
-        kind, precision = (executed or {}).get(name, absent)
-        yield LayerReport(
-            name.removesuffix("/WithoutBiases"), kind, REPORTED.get(precision, precision), macs(operation)
-        )
-
-
-def _shape(port: Any) -> list[int]:
-    return [int(size) for size in port.get_shape()]
-
-
-def _forward_macs(operation: Any, weight_from: int) -> int:
-    return math.prod(_shape(operation.output(0))) * math.prod(_shape(operation.input(1))[weight_from:])
-
-
-def _backward_macs(operation: Any, weight_from: int) -> int:
-    return math.prod(_shape(operation.input(0))) * math.prod(_shape(operation.input(1))[weight_from:])
-
-
-def _product_macs(operation: Any) -> int:
-    transposed = operation.get_attributes().get("transpose_a", False)
-    return math.prod(_shape(operation.output(0))) * _shape(operation.input(0))[-2 if transposed else -1]
-
-
-MACS: Mapping[str, Callable[[Any], int]] = {
-    "Convolution": lambda operation: _forward_macs(operation, 1),
-    "GroupConvolution": lambda operation: _forward_macs(operation, 2),
-    "ConvolutionBackpropData": lambda operation: _backward_macs(operation, 1),
-    "GroupConvolutionBackpropData": lambda operation: _backward_macs(operation, 2),
-    "MatMul": _product_macs,
-}
 
 
 def tap(

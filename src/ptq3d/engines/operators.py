@@ -119,7 +119,8 @@ def average_pool(attributes: Mapping[str, Any], x: Tensor) -> Tensor:
     pool: Operator = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}[rank]
     include = bool(attributes.get("count_include_pad", 0))
     ceil = bool(attributes.get("ceil_mode", 0))
-    return pool(x, list(attributes["kernel_shape"]), strides, pads[:rank], ceil, include)
+    values = x.float() if x.device.type == "cpu" else x  # where PyTorch has no kernel for 16 bits
+    return pool(values, list(attributes["kernel_shape"]), strides, pads[:rank], ceil, include).to(x.dtype)
 
 
 def resize(

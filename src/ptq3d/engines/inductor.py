@@ -70,7 +70,9 @@ class InductorEngine(eager.TorchEngine):
     def __init__(self, path: Path, device: torch.device, precision: Precision) -> None:
         super().__init__(path, device, precision)
         shape = (self._batch, self._spec.channels, *self._spec.window)
-        if device.type == "cuda":  # tensor cores read channels last
+        # 16-bit tensor cores read channels last
+        self._last = device.type == "cuda" and self._dtype != torch.float32
+        if self._last:
             self._constants = {name: _channels_last(value) for name, value in self._constants.items()}
         zeros = torch.zeros(shape, dtype=self._dtype, device=device)
         with _compiling(path), eager.arithmetic(device, tf32=precision == "tf32"):
@@ -79,7 +81,7 @@ class InductorEngine(eager.TorchEngine):
                 self._compiled(self._laid_out(zeros.clone()))  # made in inference mode, as the windows will be
 
     def _laid_out(self, x: Tensor) -> Tensor:
-        return _channels_last(x) if self._device.type == "cuda" else x
+        return _channels_last(x) if self._last else x
 
     def _run(self, x: Tensor) -> Tensor:
         self._opened()

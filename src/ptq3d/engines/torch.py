@@ -108,6 +108,8 @@ def prepared_device(options: EngineOptions, engine: str) -> torch.device:
         raise UnavailableError(
             f"PyTorch sees no CUDA device here, so '{options.device}' cannot be used. Choose --device cpu."
         )
+    if name == "cuda":
+        name = f"cuda:{torch.cuda.current_device()}"  # as tensors on it name it
     try:
         device = torch.device(name)
     except RuntimeError as error:

@@ -100,8 +100,8 @@ def test_a_device_is_told_what_it_has(device: str, options: dict[str, Any], told
 @pytest.mark.parametrize(
     ("device", "precision", "kind", "said"),
     [
-        ("GPU", "bf16", UnavailableError, "'GPU' does not compute in bf16, only in fp32, fp16"),
-        ("NPU", "fp32", UnavailableError, "'NPU' does not compute in fp32, only in fp16"),
+        ("GPU", "bf16", UnavailableError, "'GPU' computes in fp32, fp16, not in bf16"),
+        ("NPU", "fp32", UnavailableError, "'NPU' computes in fp16, not in fp32"),
         ("GPU", "tf32", OptionError, "fp32, bf16, fp16, not in 'tf32'"),
         ("GPU.2", "fp32", UnavailableError, "no device 'GPU.2' here, only: CPU, GPU.0, GPU.1, NPU"),
         ("FPGA", "fp32", UnavailableError, "no device 'FPGA'"),

@@ -138,7 +138,7 @@ def _device_settings(core: Any, device: str, options: EngineOptions) -> dict[str
     if options.precision.upper() not in offered:
         able = ", ".join(name for name in PRECISIONS if name.upper() in offered)
         raise UnavailableError(
-            f"OpenVINO's device '{device}' does not compute in {options.precision}, only in {able}: --precision"
+            f"OpenVINO's device '{device}' computes in {able}, not in {options.precision}: choose with --precision."
         )
     return {name: value for name, value in settings.items() if name not in OPTIONAL or properties.get(name) == "RW"}
 

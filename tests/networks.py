@@ -116,7 +116,43 @@ def attention(path: Path) -> Path:
     return b.save(path, "logits", 3)
 
 
-NETWORKS = {"unet": unet, "meshnet": meshnet, "resized": resized, "attention": attention}
+def rolled(path: Path) -> Path:
+    """What else the zoo has: PReLU, Pad, Slice and Concat (Swin's roll), Gather, AveragePool, nearest Resize."""
+    b = Builder(5)
+    x = b.add("PRelu", b.conv("image", 1, 8, stride=2), b.weight(8, 1, 1, 1))
+    b.weights += [
+        numpy_helper.from_array(np.array(values), name)
+        for name, values in {
+            "pads": [0, 0, 0, 0, 1, 0, 0, 0, 0, 0],
+            "zero": [0],
+            "one": [1],
+            "two": [2],
+            "end": [99],
+            "z": [4],
+            "order": [3, 1, 0, 2, 7, 5, 6, 4],
+        }.items()
+    ]
+    x = b.add("Pad", x, "pads")
+    x = b.add("Concat", b.add("Slice", x, "one", "end", "two"), b.add("Slice", x, "zero", "one", "two"), axis=2)
+    x = b.add("Gather", b.add("Slice", x, "one", "end", "z"), "order", axis=1)
+    mean = b.add("AveragePool", x, kernel_shape=[3, 3, 3], pads=[1] * 6, count_include_pad=1)
+    x = b.add("Add", b.conv(x, 8, 8), mean)
+    b.weights.append(numpy_helper.from_array(np.array([1, 1, 2, 2, 2], np.float32), "scales"))
+    near = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+    b.conv(b.add("Resize", x, "", "scales", **near), 8, 3, kernel=1)
+    return b.save(path, "logits", 3)
+
+
+NETWORKS = {"unet": unet, "meshnet": meshnet, "resized": resized, "attention": attention, "rolled": rolled}
+
+
+def with_batch(path: Path, batch: int) -> Path:
+    """The file of a fully convolutional network, changed to take so many windows at a time."""
+    model = onnx.load(path)
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = batch
+    onnx.save(model, path)
+    return path
 
 
 def windows(number: int, seed: int = 0, shape: tuple[int, ...] = (1, *WINDOW)) -> np.ndarray:

@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import torch
 
 from networks import NETWORKS, windows
-from ptq3d.engines import get_backend
+from ptq3d.engines import get_backend, load_backend
+from ptq3d.engines import torch as eager
 from ptq3d.engines.base import EngineOptions
 from ptq3d.graphs.files import load_graph, save_graph
 from ptq3d.graphs.passes import simplify
@@ -20,7 +23,7 @@ from ptq3d.quantization.calibration import observe, watch
 from ptq3d.quantization.observation import Observations, Observer
 from ptq3d.quantization.targets import TARGETS
 
-FAST = "onnxruntime" if get_backend("onnxruntime").unavailable() is None else "openvino"
+FAST = "onnxruntime" if load_backend("onnxruntime").unavailable() is None else "openvino"
 IMAGES = [window[None] for window in windows(3)]
 Floats = np.ndarray
 
@@ -42,6 +45,34 @@ def observed_exactly(
     observer = Observer(model, placement or planning.place(model, TARGETS["openvino"]), number or len(images))
     for values in watch(model, observer.tensors, images):
         observer.see(values)
+    return observer.finish()
+
+
+class Watched(eager.TorchEngine):
+    """The torch engine on the CPU, which keeps what every node gives."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, torch.device("cpu"), "fp32")
+        self.seen: dict[str, Floats] = {}
+
+    def _run(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen = {str(self._opened().graph.inputs[0].name): x.numpy()}
+        return super()._run(x)
+
+    def _apply(self, node: ir.Node, inputs: list[Any]) -> Any:
+        value = super()._apply(node, inputs)
+        self.seen[str(node.outputs[0].name)] = value.numpy()
+        return value
+
+
+def observed_by_torch(path: Path, target: str, images: Sequence[Floats] = IMAGES) -> Observations:
+    """What a target's calibration sees of an FP32 file, where there is no OpenVINO to watch it with."""
+    model = graph(path)
+    observer = Observer(model, planning.place(model, TARGETS[target]), len(images))
+    engine = Watched(path)
+    for image in images:
+        engine(image)
+        observer.see(engine.seen)
     return observer.finish()
 
 

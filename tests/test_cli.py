@@ -19,6 +19,7 @@ import torch
 
 from networks import NETWORKS, WINDOW, windows
 from ptq3d.cli import main
+from ptq3d.engines import BACKENDS, load_backend
 from ptq3d.quantization.calibration import save_windows
 
 RULES = '[[intensity]]\nrule = "window"\nlow = 0.0\nhigh = 1.0\n'
@@ -428,3 +429,17 @@ def test_a_volume_is_no_network(tmp_path: Path, capsys: pytest.CaptureFixture[st
     (tmp_path / name).touch()
     assert main(["inspect", str(tmp_path / name)]) == 2
     assert "look at it with `ptq3d data show`" in capsys.readouterr().err
+
+
+def test_inspect_without_a_file_says_of_every_engine_whether_it_is_here_and_which(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ptq3d.engines.inductor.unavailable", lambda: "no compiler; mend it with: apt install g++")
+    assert main(["inspect"]) == 0
+    told = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line.strip())
+    assert list(told) == list(BACKENDS)
+    for name, line in told.items():
+        reason = load_backend(name).unavailable()
+        assert line.rstrip() == (
+            f"available, version {load_backend(name).version()}" if reason is None else f"not available: {reason}"
+        )

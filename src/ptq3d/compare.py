@@ -26,7 +26,7 @@ from ptq3d.deployment import (
     prepare,
     warn_of_calibration_cases,
 )
-from ptq3d.engines.base import Engine, EngineOptions, Precision, int8_mac_share
+from ptq3d.engines.base import Engine, EngineOptions, LayerReport, Precision, int8_mac_share
 from ptq3d.errors import EngineError, OptionError
 from ptq3d.evaluation.comparison import Comparison, Row
 from ptq3d.evaluation.metrics import fidelity_per_class, mean_dice
@@ -95,7 +95,16 @@ def compare(options: CompareOptions) -> Comparison:
 @dataclass(frozen=True)
 class _Timed:
     latency: LatencySummary
-    int8_mac_share: float
+    layers: tuple[LayerReport, ...]
+
+    @property
+    def int8_mac_share(self) -> float:
+        return int8_mac_share(self.layers)
+
+    def precision(self, asked: str) -> str:
+        """ "int8" where any layer runs so, "unknown" where the runtime does not tell of one, otherwise what was asked for."""
+        ran = {layer.precision for layer in self.layers}
+        return next((kind for kind in ("int8", "unknown") if kind in ran), asked)
 
 
 @dataclass(frozen=True)
@@ -142,7 +151,7 @@ def _row(name: str, deployment: Deployment, timed: _Timed, run: _Run, change: _C
     return Row(
         name=name,
         engine=deployment.manifest.engine["name"],
-        precision="int8" if timed.int8_mac_share else deployment.options.precision,
+        precision=timed.precision(deployment.options.precision),
         size_bytes=artefact_size(deployment.folder, deployment.manifest),
         latency=timed.latency,
         case_seconds=tuple(result.seconds["total"] for result in run.results),
@@ -258,8 +267,8 @@ def _time_windows(deployments: Sequence[Deployment], case: Case, options: Compar
                 engine(window)
                 taken.append((perf_counter() - start) * 1e3)
             progress(done + 1, rounds)
-        shares = [int8_mac_share(engine.layers()) for engine in engines]
-    return [_Timed(LatencySummary.of(taken[WARM_UP:]), share) for taken, share in zip(times, shares, strict=True)]
+        ran = [engine.layers() for engine in engines]
+    return [_Timed(LatencySummary.of(taken[WARM_UP:]), layers) for taken, layers in zip(times, ran, strict=True)]
 
 
 def _segment_all(

@@ -55,7 +55,7 @@ def inspect(options: InspectOptions) -> Inspection:
     """
     path = options.path
     if path is None:
-        return Inspection(None, "engines", {name: load_backend(name).unavailable() or "available" for name in BACKENDS})
+        return Inspection(None, "engines", {name: _described(name) for name in BACKENDS})
     if path.is_dir():
         return _engine(path)
     if not path.exists():
@@ -65,6 +65,13 @@ def inspect(options: InspectOptions) -> Inspection:
     if volume_suffix(path.name) is not None or path.suffix.lower() in (".zip", ".dcm"):
         raise FileError(f"{path} is no ONNX file and no engine. If it is a volume, look at it with `ptq3d data show`.")
     return _onnx(path)
+
+
+def _described(engine: str) -> str:
+    """Whether an engine can run here: its version, or why not."""
+    backend = load_backend(engine)
+    reason = backend.unavailable()
+    return f"available, version {backend.version()}" if reason is None else f"not available: {reason}"
 
 
 def _calibration(path: Path) -> Inspection:

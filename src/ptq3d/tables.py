@@ -118,6 +118,6 @@ def compare_table(found: Comparison) -> Table:
             if change is None
             else f"{change.mean:+.4f}{f' [{change.low:+.4f}, {change.high:+.4f}]' if several else ''}",
             "-" if row.mean_fidelity is None else f"{row.mean_fidelity:.4f}",
-            f"{row.int8_mac_share:.1%}",
+            "unknown" if row.precision == "unknown" else f"{row.int8_mac_share:.1%}",
         )
     return table

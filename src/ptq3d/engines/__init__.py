@@ -14,6 +14,7 @@ BACKENDS: Mapping[str, str] = {
     "openvino": "ptq3d.engines.openvino",
     "onnxruntime": "ptq3d.engines.onnxruntime",
     "torch": "ptq3d.engines.torch",
+    "inductor": "ptq3d.engines.inductor",
     "tensorrt": "ptq3d.engines.tensorrt",
     "reference": "ptq3d.engines.reference",
 }

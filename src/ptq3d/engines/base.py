@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +103,7 @@ class LayerReport:
     Args:
         name: the layer's name in the graph.
         op: the runtime's name of what it does.
-        precision: "int8", "fp32", "bf16", "fp16".
+        precision: "int8", "fp32", "tf32", "bf16", "fp16", or "unknown" where the runtime does not tell.
         macs: multiply-accumulates of one window.
     """
 
@@ -229,6 +230,27 @@ def require_windows(windows: Windows | Tensor, spec: EngineSpec) -> None:
         )
 
 
+def batches(windows: Iterable[Tensor], spec: EngineSpec, size: int) -> Iterator[list[Tensor]]:
+    """Windows (C, X, Y, Z), so many at a time; the last group may be shorter.
+
+    Raises:
+        ShapeError: a window is not of the spec.
+    """
+    pending = iter(windows)
+    while group := list(itertools.islice(pending, size)):
+        for window in group:
+            require_windows(window[None], spec)
+        yield group
+
+
+def padded(windows: Windows, batch: int) -> Windows:
+    """Windows (n, ...) filled up with zeros to a whole batch."""
+    missing = batch - len(windows)
+    if not missing:
+        return np.ascontiguousarray(windows)
+    return np.concatenate([windows, np.zeros((missing, *windows.shape[1:]), np.float32)])
+
+
 def runs_anywhere(name: str, settings: BuildSettings) -> str:
     """`Backend.compiled_for` of a runtime whose artefacts are told device and precision when they are opened.
 
@@ -241,7 +263,7 @@ def runs_anywhere(name: str, settings: BuildSettings) -> str:
 
 
 def int8_mac_share(layers: Sequence[LayerReport]) -> float:
-    """The share of multiply-accumulates that run in INT8, 0..1."""
+    """The share of multiply-accumulates that the runtime says run in INT8, 0..1; what it does not tell of counts as not."""
     total = sum(layer.macs for layer in layers)
     return sum(layer.macs for layer in layers if layer.precision == "int8") / max(total, 1)
 

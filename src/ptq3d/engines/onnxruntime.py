@@ -1,15 +1,17 @@
-"""ONNX Runtime on the CPU."""
+"""ONNX Runtime, on the CPU or with other execution providers."""
 
 from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+import onnx_ir as ir
 import torch
 from torch import Tensor
 
@@ -19,15 +21,19 @@ from ptq3d.engines.base import (
     EngineOptions,
     EngineSpec,
     LayerReport,
+    Precision,
     Windows,
+    batches,
     head_layer,
+    padded,
     require_windows,
     runs_anywhere,
 )
-from ptq3d.errors import EngineError, OptionError, UnavailableError
+from ptq3d.engines.providers import PROVIDERS, failures, open_session
+from ptq3d.errors import EngineError, line_of
 from ptq3d.graphs.files import load_graph, save_graph, static_input_shape
 from ptq3d.graphs.layers import Layer, layers, shape_of
-from ptq3d.graphs.passes import simplify
+from ptq3d.graphs.passes import is_quantized, simplify, unsigned_activations
 from ptq3d.head import Classifier, Head, classifier, load_head
 from ptq3d.progress import Progress, silent
 
@@ -72,29 +78,60 @@ def build(onnx: Path, folder: Path, settings: BuildSettings = PLAIN, progress: P
 def open(folder: Path, options: EngineOptions) -> OnnxRuntimeEngine:
     """The engine of an artefact.
 
+    Nothing falls back to the CPU: a provider that does not start, or a node that none of `options.providers` takes, is an error.
+
     Raises:
-        EngineError: ONNX Runtime cannot load it.
-        UnavailableError: another device than the CPU.
-        OptionError: another precision than FP32.
+        EngineError: ONNX Runtime cannot load it, or runs a part of it elsewhere.
+        UnavailableError: this machine has no such provider or device.
+        OptionError: a precision that the first provider does not have.
     """
     import onnxruntime
 
-    if options.device not in ("auto", "CPU", "cpu"):
-        raise UnavailableError(f"the onnxruntime engine runs on the CPU, not on '{options.device}'.")
-    if options.precision != "fp32":
-        raise OptionError(f"the onnxruntime engine runs in fp32, not in '{options.precision}'.")
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = options.threads
     settings.log_severity_level = 3
+    model = simplify(load_graph(folder / ARTEFACT))
+    compiles = any(PROVIDERS[name].compiles for name in options.providers if name in PROVIDERS)
     with tempfile.TemporaryDirectory() as scratch:
         optimized = Path(scratch) / ARTEFACT
-        settings.optimized_model_filepath = str(optimized)
-        try:
-            session = onnxruntime.InferenceSession(folder / ARTEFACT, settings, providers=["CPUExecutionProvider"])
-        except (RuntimeError, ValueError) as error:
-            raise EngineError(f"ONNX Runtime cannot load {folder / ARTEFACT}: {error}") from error
-        operators = _executed_operators(optimized)
-    return OnnxRuntimeEngine(folder / ARTEFACT, session, operators)
+        if (
+            compiles
+        ):  # ONNX Runtime moves and adds Q/DQ for its CPU: measured, OpenVINO's answers are off by a step for it
+            settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        else:  # which cannot be written where a provider compiled parts of it
+            settings.optimized_model_filepath = str(optimized)
+        path = folder / ARTEFACT
+        if "openvino" in options.providers and any(node.op_type == "Concat" for node in model.graph):
+            path = Path(scratch) / "unsigned.onnx"  # as in `openvino.build`: it can misread int8 around a concat
+            unsigned_activations(model)
+            save_graph(model, path)
+        session, placed = open_session(path, settings, options, quantized=is_quantized(model))
+        operators = None if compiles else _executed_operators(optimized)
+    return OnnxRuntimeEngine(model, session, Ran(operators, placed, options.precision), load_head(folder))
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What ONNX Runtime says of the graph that it runs.
+
+    Args:
+        operators: output tensor -> operator after its own fusions; None where a provider compiled parts of the graph, of which
+            no report exists.
+        placed: name of a node -> its provider; empty for the CPU alone.
+        precision: of floating point where the first provider computes.
+    """
+
+    operators: Mapping[str, str] | None
+    placed: Mapping[str, str]
+    precision: Precision
+
+    def floating(self, layer: str, dtype: ir.DataType | None) -> str:
+        """The floating-point type of a layer: of a GPU the tensor's own, of the CPU always FP32."""
+        if self.placed.get(layer, "cpu") != "cuda":
+            return "fp32"
+        return {ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}.get(
+            dtype or ir.DataType.FLOAT, "tf32" if self.precision == "tf32" else "fp32"
+        )
 
 
 def _executed_operators(optimized: Path) -> dict[str, str]:
@@ -117,17 +154,16 @@ def _executed_operators(optimized: Path) -> dict[str, str]:
 
 
 class OnnxRuntimeEngine:
-    """An ONNX Runtime session on the CPU provider."""
+    """An ONNX Runtime session; windows go in and answers come out as arrays of the host, whatever the provider."""
 
-    def __init__(self, path: Path, session: Any, operators: dict[str, str]) -> None:
-        model = simplify(load_graph(path))
-        self._session, self._operators = session, operators
+    def __init__(self, model: ir.Model, session: Any, ran: Ran, head: Head | None) -> None:
+        self._session, self._ran = session, ran
         self._layers: tuple[Layer, ...] = tuple(layers(model))
         self._model = model
         batch, channels, x, y, z = static_input_shape(model)
         self._batch = batch
         self._spec = EngineSpec(channels, (x, y, z), shape_of(model.graph.outputs[0])[1])
-        self._head = load_head(path.parent) or Head.none(self._spec.features)
+        self._head = head or Head.none(self._spec.features)
 
     @property
     def spec(self) -> EngineSpec:
@@ -146,17 +182,29 @@ class OnnxRuntimeEngine:
 
     def __call__(self, windows: Windows) -> Windows:
         """Features of windows; see `Engine`."""
-        if self._session is None:
-            raise EngineError("this ONNX Runtime engine is closed. Open the artefact again.")
+        self._require_open()
         require_windows(windows, self._spec)
+        pieces = (windows[start : start + self._batch] for start in range(0, len(windows), self._batch))
+        return np.concatenate([self._answers(piece) for piece in pieces])
+
+    def _answers(self, piece: Windows) -> Windows:
         name = self._session.get_inputs()[0].name
         output = self._session.get_outputs()[0].name
-        return np.concatenate([self._session.run([output], {name: window[None]})[0] for window in windows])
+        try:
+            answers: Windows = self._session.run([output], {name: padded(piece, self._batch)})[0]
+        except failures() as error:
+            raise EngineError(f"ONNX Runtime failed while it ran the network: {line_of(error)}") from error
+        return answers[: len(piece)]
 
     def stream(self, windows: Iterable[Tensor]) -> Iterator[Tensor]:
         """Answers to windows, one after the other; see `Engine`."""
-        for window in windows:
-            yield torch.from_numpy(self(window[None].numpy()))[0]
+        self._require_open()
+        for group in batches(windows, self._spec, self._batch):
+            yield from torch.from_numpy(self(torch.stack(group).numpy()))
+
+    def _require_open(self) -> None:
+        if self._session is None:
+            raise EngineError("this ONNX Runtime engine is closed. Open the artefact again.")
 
     @property
     def beside(self) -> int:
@@ -168,20 +216,28 @@ class OnnxRuntimeEngine:
         return classifier(head, self.device)
 
     def layers(self) -> tuple[LayerReport, ...]:
-        """Every multiplying layer; INT8 where ONNX Runtime made an integer operator of it."""
+        """Every multiplying layer; INT8 where ONNX Runtime made an integer operator of it.
+
+        The CUDA provider has none: there Q/DQ round, and layers multiply in floating point. Of what the TensorRT and OpenVINO
+        providers compile no report exists, so their layers are "unknown".
+        """
+        self._require_open()
         found = [LayerReport(layer.name, *self._ran_as(layer), layer.macs) for layer in self._layers]
         return (*found, *head_layer(self._head, math.prod(self._spec.window)))
 
     def _ran_as(self, layer: Layer) -> tuple[str, str]:
         """(operator, precision): a fused integer layer gives the tensor of the QuantizeLinear that follows it."""
-        waiting = [next(node.outputs[0] for node in self._model.graph if node.name == layer.name)]
+        if self._ran.operators is None:
+            return f"{layer.op} on {self._ran.placed.get(layer.name, 'unknown')}", "unknown"
+        first = next(node.outputs[0] for node in self._model.graph if node.name == layer.name)
+        floating, waiting = self._ran.floating(layer.name, first.dtype), [first]
         while waiting:
             value = waiting.pop(0)
-            operator = self._operators.get(str(value.name))
+            operator = self._ran.operators.get(str(value.name))
             if operator is not None:
-                return operator, "int8" if operator.startswith("QLinear") or "Integer" in operator else "fp32"
+                return operator, "int8" if operator.startswith("QLinear") or "Integer" in operator else floating
             waiting += [output for node, _ in value.uses() for output in node.outputs]
-        return layer.op, "fp32"
+        return layer.op, floating
 
     def close(self) -> None:
         """Free the session."""

@@ -1,4 +1,4 @@
-"""OpenVINO on the CPU (and any other device it names): the default engine."""
+"""OpenVINO on the CPU, an Intel GPU or an NPU: the default engine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -26,6 +26,7 @@ from ptq3d.engines.base import (
     Precision,
     Windows,
     head_layer,
+    padded,
     require_windows,
     runs_anywhere,
 )
@@ -36,6 +37,7 @@ from ptq3d.engines.openvino_model import (
     sum_apart,
     tables_as_inputs,
 )
+from ptq3d.engines.openvino_report import reports
 from ptq3d.errors import EngineError, GraphError, OptionError, UnavailableError
 from ptq3d.graphs.files import load_graph, save_graph
 from ptq3d.graphs.passes import simplify, unsigned_activations
@@ -45,7 +47,7 @@ from ptq3d.progress import Progress, silent
 # `convert_model` forks to tell Intel of each build: no patient's network should, and a fork beside busy threads can hang
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 PRECISIONS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
-REPORTED = {"u8": "int8", "i8": "int8", "f32": "fp32", "bf16": "bf16", "f16": "fp16"}
+OPTIONAL = frozenset({"INFERENCE_NUM_THREADS", "NUM_STREAMS"})  # a GPU has no CPU threads, an NPU neither
 ARTEFACT = "model.xml"
 SHARE = 4  # one in so many threads is for what is done with the answers of `stream`
 
@@ -111,17 +113,34 @@ def open(folder: Path, options: EngineOptions) -> OpenVinoEngine:
 
     Raises:
         EngineError: OpenVINO cannot read or compile it.
-        UnavailableError: no such device.
+        UnavailableError: no such device, or not with that precision.
+        OptionError: a precision that OpenVINO does not have.
     """
     import openvino
 
     core = openvino.Core()
-    device = "CPU" if options.device == "auto" else options.device
-    if device.split(".")[0] not in {name.split(".")[0] for name in core.available_devices}:
-        raise UnavailableError(f"OpenVINO has no device '{device}' here, only: {', '.join(core.available_devices)}.")
+    device = "CPU" if options.device == "auto" else options.device.upper()
+    settings = _device_settings(core, device, options)
     with _engine_errors(f"OpenVINO cannot load {folder / ARTEFACT}"):
         model = channels_last(sum_apart(core.read_model(folder / ARTEFACT)))
-        return OpenVinoEngine(model, core.compile_model(model, device, _settings(options)), load_head(folder), options)
+        return OpenVinoEngine(model, core.compile_model(model, device, settings), load_head(folder), options)
+
+
+def _device_settings(core: Any, device: str, options: EngineOptions) -> dict[str, Any]:
+    """What a device is told: the precision in so many words (a GPU's own is f16), threads and streams where it has them."""
+    devices = core.available_devices
+    if not {device, device.removesuffix(".0")} & {*devices, *(name.split(".")[0] for name in devices)}:
+        raise UnavailableError(f"OpenVINO has no device '{device}' here, only: {', '.join(devices)}.")
+    settings = _settings(options)
+    with _engine_errors(f"OpenVINO cannot say what its device '{device}' does"):
+        properties = core.get_property(device, "SUPPORTED_PROPERTIES")
+        offered = core.get_property(device, "OPTIMIZATION_CAPABILITIES")
+    if options.precision.upper() not in offered:
+        able = ", ".join(name for name in PRECISIONS if name.upper() in offered)
+        raise UnavailableError(
+            f"OpenVINO's device '{device}' computes in {able}, not in {options.precision}: choose with --precision."
+        )
+    return {name: value for name, value in settings.items() if name not in OPTIONAL or properties.get(name) == "RW"}
 
 
 def _settings(options: EngineOptions) -> dict[str, Any]:
@@ -175,9 +194,7 @@ class OpenVinoEngine:
         for start in range(0, len(windows), self._batch):
             piece = windows[start : start + self._batch]
             with _engine_errors("OpenVINO failed while it ran the network"):
-                result = self._requests[0].infer(
-                    {0: _padded(piece, self._batch)}, share_inputs=True, share_outputs=True
-                )
+                result = self._requests[0].infer({0: padded(piece, self._batch)}, share_inputs=True, share_outputs=True)
             answers.append(result[0][: len(piece)].copy())
         return np.moveaxis(answers[0] if len(answers) == 1 else np.concatenate(answers), -1, 1)
 
@@ -203,7 +220,7 @@ class OpenVinoEngine:
     def _started(self, request: Any, group: Sequence[Tensor]) -> Windows:
         piece: Windows = torch.stack(list(group)).numpy() if len(group) > 1 else group[0][None].numpy()
         require_windows(piece, self._spec)
-        piece = _padded(piece, self._batch)
+        piece = padded(piece, self._batch)
         with _engine_errors("OpenVINO failed while it ran the network"):
             request.start_async({0: piece}, share_inputs=True)
         return piece
@@ -231,7 +248,7 @@ class OpenVinoEngine:
         """Every multiplying layer with its precision in the execution graph."""
         self._require_open()
         late = head_layer(self._head, math.prod(self._spec.window))
-        return (*_reports(self._model, _executed(self._compiled)), *late)
+        return (*reports(self._model, self._compiled), *late)
 
     def close(self) -> None:
         """Free the network."""
@@ -245,13 +262,6 @@ class OpenVinoEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _padded(windows: Windows, batch: int) -> Windows:
-    missing = batch - len(windows)
-    if not missing:
-        return np.ascontiguousarray(windows)
-    return np.concatenate([windows, np.zeros((missing, *windows.shape[1:]), np.float32)])
 
 
 def _classifier(head: Head, threads: int) -> Classifier:
@@ -281,56 +291,6 @@ def _classifier(head: Head, threads: int) -> Classifier:
         return found
 
     return classes_of
-
-
-def _executed(compiled: Any) -> dict[str, tuple[str, str]]:
-    """Name of a layer of the model -> (operation, precision) of the node of the execution graph that holds it."""
-    executed = {}
-    for node in compiled.get_runtime_model().get_ops():
-        info = {
-            key: node.get_rt_info()[key].astype(str) for key in ("originalLayersNames", "layerType", "runtimePrecision")
-        }
-        for name in info["originalLayersNames"].split(","):
-            executed[name] = (info["layerType"], info["runtimePrecision"])
-    return executed
-
-
-def _reports(model: Any, executed: Mapping[str, tuple[str, str]]) -> Iterator[LayerReport]:
-    for operation in model.get_ordered_ops():
-        macs = MACS.get(operation.get_type_name())
-        if macs is None:
-            continue
-        name = operation.get_friendly_name()
-        kind, precision = executed.get(name, ("not in the execution graph", "f32"))
-        yield LayerReport(
-            name.removesuffix("/WithoutBiases"), kind, REPORTED.get(precision, precision), macs(operation)
-        )
-
-
-def _shape(port: Any) -> list[int]:
-    return [int(size) for size in port.get_shape()]
-
-
-def _forward_macs(operation: Any, weight_from: int) -> int:
-    return math.prod(_shape(operation.output(0))) * math.prod(_shape(operation.input(1))[weight_from:])
-
-
-def _backward_macs(operation: Any, weight_from: int) -> int:
-    return math.prod(_shape(operation.input(0))) * math.prod(_shape(operation.input(1))[weight_from:])
-
-
-def _product_macs(operation: Any) -> int:
-    transposed = operation.get_attributes().get("transpose_a", False)
-    return math.prod(_shape(operation.output(0))) * _shape(operation.input(0))[-2 if transposed else -1]
-
-
-MACS: Mapping[str, Callable[[Any], int]] = {
-    "Convolution": lambda operation: _forward_macs(operation, 1),
-    "GroupConvolution": lambda operation: _forward_macs(operation, 2),
-    "ConvolutionBackpropData": lambda operation: _backward_macs(operation, 1),
-    "GroupConvolutionBackpropData": lambda operation: _backward_macs(operation, 2),
-    "MatMul": _product_macs,
-}
 
 
 def tap(

@@ -6,7 +6,7 @@ first output. Source of each: the operator of that name in the ONNX specificatio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -26,6 +26,24 @@ TORCH_TYPES = {
     11: torch.float64,
     16: torch.bfloat16,
 }
+
+
+# operator -> inputs that are numbers, not images: they stay on the host, and a compiler sees them as constants
+NUMBERS: Mapping[str, tuple[int, ...]] = {
+    "Expand": (1,),
+    "Pad": (1, 2, 3),
+    "ReduceMean": (1,),
+    "Reshape": (1,),
+    "Resize": (2, 3),
+    "Slice": (1, 2, 3, 4),
+    "Squeeze": (1,),
+    "Unsqueeze": (1,),
+}
+Numbers = Tensor | Sequence[float]
+
+
+def _list(numbers: Numbers) -> list[Any]:
+    return numbers.reshape(-1).tolist() if isinstance(numbers, Tensor) else list(numbers)
 
 
 def attributes_of(node: ir.Node) -> dict[str, Any]:
@@ -101,21 +119,22 @@ def average_pool(attributes: Mapping[str, Any], x: Tensor) -> Tensor:
     pool: Operator = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}[rank]
     include = bool(attributes.get("count_include_pad", 0))
     ceil = bool(attributes.get("ceil_mode", 0))
-    return pool(x, list(attributes["kernel_shape"]), strides, pads[:rank], ceil, include)
+    values = x.float() if x.device.type == "cpu" else x  # where PyTorch has no kernel for 16 bits
+    return pool(values, list(attributes["kernel_shape"]), strides, pads[:rank], ceil, include).to(x.dtype)
 
 
 def resize(
     attributes: Mapping[str, Any],
     x: Tensor,
     roi: Tensor | None = None,
-    scales: Tensor | None = None,
-    sizes: Tensor | None = None,
+    scales: Numbers | None = None,
+    sizes: Numbers | None = None,
 ) -> Tensor:
     """Resize: nearest (asymmetric, floor) and linear (half_pixel or align_corners), as torch exports them."""
-    if sizes is not None and sizes.numel():
-        size = [int(n) for n in sizes[2:]]
+    if sizes is not None and len(sizes):
+        size = [int(n) for n in _list(sizes)[2:]]
     elif scales is not None:
-        size = [int(n * float(s)) for n, s in zip(x.shape[2:], scales[2:], strict=True)]
+        size = [int(n * float(s)) for n, s in zip(x.shape[2:], _list(scales)[2:], strict=True)]
     else:
         raise GraphError("Resize has neither scales nor sizes.")
     mode = attributes.get("mode", "nearest")
@@ -131,38 +150,42 @@ def resize(
 
 
 def pad(
-    attributes: Mapping[str, Any], x: Tensor, pads: Tensor, value: Tensor | None = None, axes: Tensor | None = None
+    attributes: Mapping[str, Any],
+    x: Tensor,
+    pads: Numbers,
+    value: Numbers | None = None,
+    axes: Numbers | None = None,
 ) -> Tensor:
     """Pad with a constant."""
     if attributes.get("mode", "constant") != "constant":
         raise GraphError(f"Pad mode '{attributes['mode']}' has no torch form here. Use constant.")
-    amounts = [int(n) for n in pads]
+    amounts = [int(n) for n in _list(pads)]
     if axes is not None:
         full, rank = [0] * 2 * x.ndim, len(amounts) // 2
-        for place, axis in enumerate(int(a) % x.ndim for a in axes):
+        for place, axis in enumerate(int(a) % x.ndim for a in _list(axes)):
             full[axis], full[axis + x.ndim] = amounts[place], amounts[place + rank]
         amounts = full
-    return _pad(x, amounts, float(value) if value is not None else 0.0)
+    return _pad(x, amounts, float(_list(value)[0]) if value is not None else 0.0)
 
 
-def reshape(attributes: Mapping[str, Any], x: Tensor, shape: Tensor) -> Tensor:
+def reshape(attributes: Mapping[str, Any], x: Tensor, shape: Numbers) -> Tensor:
     """Reshape; 0 keeps a size."""
-    return x.reshape([x.shape[i] if n == 0 else int(n) for i, n in enumerate(shape.tolist())])
+    return x.reshape([x.shape[i] if n == 0 else int(n) for i, n in enumerate(_list(shape))])
 
 
 def slice_(
     attributes: Mapping[str, Any],
     x: Tensor,
-    starts: Tensor,
-    ends: Tensor,
-    axes: Tensor | None = None,
-    steps: Tensor | None = None,
+    starts: Numbers,
+    ends: Numbers,
+    axes: Numbers | None = None,
+    steps: Numbers | None = None,
 ) -> Tensor:
     """Slice with positive steps."""
     chosen = [slice(None)] * x.ndim
-    where = axes.tolist() if axes is not None else range(len(starts))
-    stride = steps.tolist() if steps is not None else [1] * len(starts)
-    for axis, first, last, step in zip(where, starts.tolist(), ends.tolist(), stride, strict=True):
+    where = _list(axes) if axes is not None else range(len(starts))
+    stride = _list(steps) if steps is not None else [1] * len(starts)
+    for axis, first, last, step in zip(where, _list(starts), _list(ends), stride, strict=True):
         chosen[axis] = slice(first, last, step)
     return x[tuple(chosen)]
 
@@ -190,9 +213,9 @@ def batch_norm(
     return F.batch_norm(x, mean, variance, scale, bias, eps=attributes.get("epsilon", 1e-5))
 
 
-def reduce_mean(attributes: Mapping[str, Any], x: Tensor, axes: Tensor | None = None) -> Tensor:
+def reduce_mean(attributes: Mapping[str, Any], x: Tensor, axes: Numbers | None = None) -> Tensor:
     """ReduceMean, axes as attribute or input."""
-    dims = axes.tolist() if axes is not None else list(attributes.get("axes", range(x.ndim)))
+    dims = _list(axes) if axes is not None else list(attributes.get("axes", range(x.ndim)))
     return x.mean(dims, keepdim=bool(attributes.get("keepdims", 1)))
 
 
@@ -206,14 +229,14 @@ def gelu(attributes: Mapping[str, Any], x: Tensor) -> Tensor:
     return F.gelu(x, approximate=attributes.get("approximate", "none"))
 
 
-def squeeze(attributes: Mapping[str, Any], x: Tensor, axes: Tensor | None = None) -> Tensor:
+def squeeze(attributes: Mapping[str, Any], x: Tensor, axes: Numbers | None = None) -> Tensor:
     """Squeeze."""
-    return x.squeeze() if axes is None else x.squeeze(tuple(axes.tolist()))
+    return x.squeeze() if axes is None else x.squeeze(tuple(_list(axes)))
 
 
-def unsqueeze(attributes: Mapping[str, Any], x: Tensor, axes: Tensor) -> Tensor:
+def unsqueeze(attributes: Mapping[str, Any], x: Tensor, axes: Numbers) -> Tensor:
     """Unsqueeze."""
-    for axis in sorted(a % (x.ndim + len(axes)) for a in axes.tolist()):
+    for axis in sorted(a % (x.ndim + len(axes)) for a in _list(axes)):
         x = x.unsqueeze(axis)
     return x
 
@@ -230,7 +253,7 @@ OPERATORS: Mapping[str, Operator] = {
     "Div": lambda _, a, b: a / b,
     "Elu": lambda at, x: F.elu(x, at.get("alpha", 1.0)),
     "Erf": lambda _, x: torch.erf(x),
-    "Expand": lambda _, x, shape: x * torch.ones(shape.tolist(), dtype=x.dtype, device=x.device),
+    "Expand": lambda _, x, shape: x * torch.ones(_list(shape), dtype=x.dtype, device=x.device),
     "Flatten": lambda at, x: x.flatten(at.get("axis", 1)),
     "Gather": lambda at, x, i: torch.index_select(x, at.get("axis", 0), i.reshape(-1)).reshape(
         [*x.shape[: at.get("axis", 0)], *i.shape, *x.shape[at.get("axis", 0) + 1 :]]

@@ -79,7 +79,7 @@ def open(folder: Path, options: EngineOptions) -> ReferenceEngine:
         raise UnavailableError(f"the reference engine runs on the CPU, not on '{options.device}'.")
     if options.precision != "fp32":
         raise OptionError(f"the reference engine runs in fp32 around its integers, not in '{options.precision}'.")
-    return ReferenceEngine(folder / eager.ARTEFACT, torch.device("cpu"), torch.float32)
+    return ReferenceEngine(folder / eager.ARTEFACT, torch.device("cpu"), "fp32")
 
 
 class ReferenceEngine(eager.TorchEngine):
@@ -105,12 +105,11 @@ class ReferenceEngine(eager.TorchEngine):
 
     def layers(self) -> tuple[LayerReport, ...]:
         """Every multiplying layer; INT8 where both its inputs are dequantized integers."""
-        if self._model is None:
-            raise EngineError("this engine is closed. Open the artefact again.")
-        nodes = {str(node.name): node for node in self._model.graph}
+        model = self._opened()
+        nodes = {str(node.name): node for node in model.graph}
         found = [
             LayerReport(layer.name, layer.op, "int8" if _fed_by_integers(nodes[layer.name]) else "fp32", layer.macs)
-            for layer in layers(self._model)
+            for layer in layers(model)
         ]
         return (*found, *head_layer(self._head, math.prod(self._spec.window)))
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import shutil
+import threading
+import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,13 +23,15 @@ from ptq3d.engines.base import (
     EngineOptions,
     EngineSpec,
     LayerReport,
+    Precision,
     Windows,
+    batches,
     head_layer,
     require_windows,
     runs_anywhere,
 )
-from ptq3d.engines.operators import OPERATORS, attributes_of
-from ptq3d.errors import EngineError, GraphError, OptionError, UnavailableError
+from ptq3d.engines.operators import NUMBERS, OPERATORS, attributes_of
+from ptq3d.errors import EngineError, GraphError, OptionError, UnavailableError, line_of, numbered
 from ptq3d.graphs.files import load_graph, static_input_shape
 from ptq3d.graphs.layers import layers, shape_of
 from ptq3d.graphs.passes import simplify
@@ -34,7 +39,8 @@ from ptq3d.head import Classifier, Head, classifier, load_head
 from ptq3d.progress import Progress, silent
 
 ARTEFACT = "model.onnx"
-TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ARITHMETIC = threading.RLock()  # PyTorch's switches are of the whole process
 LIMITS = {torch.int8: (-128, 127), torch.uint8: (0, 255)}
 
 
@@ -81,34 +87,90 @@ def open(folder: Path, options: EngineOptions) -> TorchEngine:
 
     Raises:
         UnavailableError: no such device.
-        OptionError: no such precision.
+        OptionError: no such precision, or not on this device.
+    """
+    return TorchEngine(folder / ARTEFACT, prepared_device(options, "torch"), options.precision)
+
+
+def prepared_device(options: EngineOptions, engine: str) -> torch.device:
+    """The device that options name, with PyTorch's threads set to theirs.
+
+    Args:
+        options: "auto" is CUDA where there is one.
+        engine: for messages.
+
+    Raises:
+        UnavailableError: no such device.
+        OptionError: no such precision, or not on this device.
     """
     name = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device.lower()
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UnavailableError(
             f"PyTorch sees no CUDA device here, so '{options.device}' cannot be used. Choose --device cpu."
         )
-    if options.precision not in TYPES:
-        raise OptionError(f"the torch engine runs in {', '.join(TYPES)}, not in '{options.precision}'.")
+    if name == "cuda":
+        name = f"cuda:{torch.cuda.current_device()}"  # as tensors on it name it
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UnavailableError(f"PyTorch has no device '{options.device}': {line_of(error)}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UnavailableError(
+            f"PyTorch sees {numbered(torch.cuda.device_count(), 'CUDA device')} here, so there is no '{options.device}'."
+        )
+    if device.type not in ("cpu", "cuda"):
+        raise UnavailableError(f"the {engine} engine runs on cpu or cuda, not on '{options.device}'.")
+    able = [precision for precision in TYPES if precision != "tf32" or device.type == "cuda"]
+    if options.precision not in able:
+        raise OptionError(
+            f"the {engine} engine runs in {', '.join(able)} on {device.type}, not in '{options.precision}'"
+            f"{': processors have no TF32' if options.precision == 'tf32' else ''}."
+        )
     if options.threads:
         torch.set_num_threads(options.threads)
-    return TorchEngine(folder / ARTEFACT, torch.device(name), TYPES[options.precision])
+    return device
+
+
+@contextmanager
+def arithmetic(device: torch.device, *, tf32: bool) -> Iterator[None]:
+    """FP32 on CUDA as asked for, whatever PyTorch's switches say, and the same answer every time; they are put back after it.
+
+    cuDNN's own choice is TF32. Nothing on the CPU.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    with ARITHMETIC, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Please use the new API settings")  # of PyTorch 2.9, which has both
+        before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        try:
+            with torch.backends.cudnn.flags(
+                enabled=torch.backends.cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=tf32
+            ):
+                yield
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = before
 
 
 class TorchEngine:
     """An ONNX graph run node by node."""
 
-    precision = "fp32"
-
-    def __init__(self, path: Path, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, path: Path, device: torch.device, precision: Precision) -> None:
         model = simplify(load_graph(path))
-        _, channels, x, y, z = static_input_shape(model)
+        self._batch, channels, x, y, z = static_input_shape(model)
         self._spec = EngineSpec(channels, (x, y, z), shape_of(model.graph.outputs[0])[1])
         self._head = load_head(path.parent) or Head.none(self._spec.features)
         self._model: ir.Model | None = model
-        self._device, self._dtype = device, dtype
+        self._device, self._precision, self._dtype = device, precision, TYPES[precision]
         self._constants = {str(value.name): self._constant(value) for value in model.graph.initializers.values()}
         self._attributes = {node.name: attributes_of(node) for node in model.graph}
+        self._numbers = {
+            (node.name, place): value.const_value.numpy().reshape(-1).tolist()
+            for node in model.graph
+            for place, value in enumerate(node.inputs)
+            if place in NUMBERS.get(node.op_type, ()) and value is not None and value.const_value is not None
+        }
         self._last_use = {value.name: node.name for node in model.graph for value in node.inputs if value is not None}
 
     def _constant(self, value: ir.Value) -> Tensor:
@@ -134,17 +196,23 @@ class TorchEngine:
 
     def __call__(self, windows: Windows) -> Windows:
         """Features of windows; see `Engine`."""
+        self._opened()
         require_windows(windows, self._spec)
         pieces = (torch.from_numpy(window).to(self._device) for window in windows)
         return np.stack([answer.cpu().numpy() for answer in self.stream(pieces)])
 
     def stream(self, windows: Iterable[Tensor]) -> Iterator[Tensor]:
         """Answers to windows, which stay on the device; see `Engine`."""
-        for window in windows:
-            require_windows(window[None], self._spec)
-            with torch.inference_mode():
-                answer = self._run(window[None])[0]
-            yield answer if answer.dtype in LIMITS else answer.float()
+        self._opened()
+        for group in batches(windows, self._spec, self._batch):
+            missing = [torch.zeros_like(group[0])] * (self._batch - len(group))
+            try:
+                with torch.inference_mode(), arithmetic(self._device, tf32=self._precision == "tf32"):
+                    answers = self._run(torch.stack([*group, *missing]).to(self._dtype))
+            except RuntimeError as error:
+                raise EngineError(f"PyTorch failed while it ran the network: {line_of(error)}") from error
+            for answer in answers[: len(group)]:
+                yield answer if answer.dtype in LIMITS else answer.float()
 
     @property
     def beside(self) -> int:
@@ -155,15 +223,22 @@ class TorchEngine:
         """Head and argmax on the engine's device."""
         return classifier(head, self._device)
 
-    def _run(self, x: Tensor) -> Tensor:
+    def _opened(self) -> ir.Model:
         if self._model is None:
             raise EngineError("this engine is closed. Open the artefact again.")
-        graph = self._model.graph
-        values: dict[str | None, Any] = {}
+        return self._model
+
+    def _run(self, x: Tensor) -> Tensor:
+        """Answers (n, F, X, Y, Z) to a whole batch in the engine's type."""
+        graph = self._opened().graph
+        values: dict[str | None, Any] = {None: None}
         values.update(self._constants)
-        values[graph.inputs[0].name] = x.to(self._dtype)
+        values[graph.inputs[0].name] = x
         for node in graph:
-            inputs = [None if value is None else values[value.name] for value in node.inputs]
+            inputs = [
+                self._numbers.get((node.name, place), values[value.name if value is not None else None])
+                for place, value in enumerate(node.inputs)
+            ]
             values[node.outputs[0].name] = self._apply(node, inputs)
             for value in node.inputs:
                 if value is not None and self._last_use[value.name] == node.name and value.producer() is not None:
@@ -190,10 +265,7 @@ class TorchEngine:
 
     def layers(self) -> tuple[LayerReport, ...]:
         """Every multiplying layer; all run in the engine's floating-point type."""
-        if self._model is None:
-            raise EngineError("this engine is closed. Open the artefact again.")
-        names = {dtype: name for name, dtype in TYPES.items()}
-        found = [LayerReport(layer.name, layer.op, names[self._dtype], layer.macs) for layer in layers(self._model)]
+        found = [LayerReport(layer.name, layer.op, self._precision, layer.macs) for layer in layers(self._opened())]
         return (*found, *head_layer(self._head, math.prod(self._spec.window)))
 
     def close(self) -> None:

@@ -20,7 +20,7 @@ class Row:
     Args:
         name: as given on the command line.
         engine: the runtime.
-        precision: "int8" where any layer runs so, otherwise the floating-point type.
+        precision: "int8" where any layer runs so, "unknown" where the runtime does not tell, otherwise the floating-point type.
         size_bytes: of the artefact's files.
         latency: of one window, in ms.
         case_seconds: whole case, reading to writing, one a case.

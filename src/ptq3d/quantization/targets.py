@@ -37,6 +37,7 @@ class Target:
         direct: layers must read a DequantizeLinear itself: concats and moves in front of them are quantized behind, too.
         channel_steps: QuantizeLinear may have a step for each channel where DequantizeLinear has one: channel scales are free.
         second_terms: a sensitive layer may read what its input's rounding leaves as further channels.
+        shuffles: a ConvTranspose with kernel = stride is written as a 1x1x1 convolution and a shuffle of its channels.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Target:
     direct: bool = False
     channel_steps: bool = False
     second_terms: bool = False
+    shuffles: bool = False
 
 
 TARGETS: Mapping[str, Target] = {
@@ -75,8 +77,10 @@ TARGETS: Mapping[str, Target] = {
             frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"}),
             True,
             "TensorRT developer guide, explicit quantization: int8, zero-point 0, Q/DQ on all inputs of weighted layers "
-            "and on the residual branch of an Add, which then runs inside the convolution",
+            "and on the residual branch of an Add, which then runs inside the convolution; a 3D ConvTranspose may leave INT8 "
+            "there whatever its Q/DQ say (TensorRT issue 4668)",
             residual=True,
+            shuffles=True,
         ),
         Target(
             "onnxruntime",

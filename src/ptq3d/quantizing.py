@@ -16,6 +16,7 @@ from ptq3d.data import find_data, without_labels
 from ptq3d.errors import GraphError, OptionError
 from ptq3d.exporting import BELONGS_TO, ONNX, SOURCES, described, export, source_of
 from ptq3d.graphs.files import load_graph, save_graph, static_input_shape
+from ptq3d.graphs.low_precision import low_precision
 from ptq3d.graphs.passes import is_quantized
 from ptq3d.int8 import LIMITS, Scale
 from ptq3d.manifest import Manifest, embed
@@ -198,6 +199,7 @@ def recipe_of(options: QuantizeOptions) -> Recipe:
         second_terms=second_terms.COST if options.second_terms is None else options.second_terms,
         rounding=options.rounding,
         keep=tuple(options.keep),
+        high_precision_dtype=options.high_precision_dtype,
     )
 
 
@@ -235,6 +237,7 @@ def _retargeted(options: QuantizeOptions, target: Target) -> Written:
     recipe = {
         "ptq3d": __version__,
         "target": target.name,
+        "high_precision_dtype": options.high_precision_dtype,
         "retargeted_from": digest,
         "int8_layers": list(result.plan.layers),
         "float_layers": dict(result.kept),
@@ -242,7 +245,10 @@ def _retargeted(options: QuantizeOptions, target: Target) -> Written:
         "rescaled_tensors": list(result.rescaled),
         "dropped_tensors": list(result.dropped),
     }
-    embed(qdq.write(model, result.plan), replace(manifest, quantization=recipe, source=digest))
+    written = qdq.write(model, result.plan)
+    if options.high_precision_dtype != "fp32":
+        low_precision(written, options.high_precision_dtype)
+    embed(written, replace(manifest, quantization=recipe, source=digest))
     output = output_of(options)
     save_graph(model, output)
     return Written(output, output.stat().st_size, {**recipe, "source_size_bytes": path.stat().st_size})
@@ -256,11 +262,6 @@ def check_modelopt_flags(options: QuantizeOptions) -> None:
     """
     if options.quantize_mode != "int8":
         raise OptionError(f"--quantize-mode {options.quantize_mode}: ptq3d writes int8 only.")
-    if options.high_precision_dtype != "fp32":
-        raise OptionError(
-            f"--high-precision-dtype {options.high_precision_dtype}: the floating-point rest is written as fp32. "
-            "Choose its arithmetic when it runs: ptq3d deploy --precision bf16."
-        )
 
 
 def _prepared_graph(options: QuantizeOptions) -> tuple[ir.Model, Manifest]:

@@ -32,7 +32,6 @@ FLOAT_INPUTS = frozenset({("Resize", 1), ("Resize", 2)})  # (operator, input): f
 BOUNDS = frozenset({"Add", "Clip", "Max", "Min", "Pad", "Where"})  # a number beyond the type means "very much" there
 OLDEST_RAISED = 18  # an opset from which only these changed their meaning, since
 CHANGED = {"GridSample": 20, "DFT": 20, "GroupNormalization": 21}
-FLOAT = ir.TensorType(ir.DataType.FLOAT)  # given anew, never changed: clones of a graph share it
 GRAPHS = frozenset({ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS})
 TENSOR = {ir.DataType.FLOAT16: "tensor(float16)", ir.DataType.BFLOAT16: "tensor(bfloat16)"}
 
@@ -74,7 +73,7 @@ def full_precision(model: ir.Model) -> None:
     for value in model.graph.initializers.values():
         if value.dtype in low and value.const_value is not None:
             value.const_value = ir.tensor(value.const_value.numpy().astype(np.float32), name=value.name)
-            value.type = FLOAT
+            value.type = ir.TensorType(ir.DataType.FLOAT)
     for node in list(model.graph):
         source = node.inputs[0] if node.op_type == "Cast" else None
         if source is not None and node.outputs[0].dtype in low:
@@ -83,7 +82,7 @@ def full_precision(model: ir.Model) -> None:
             _remove_cast(model, node, source)
     for value in [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]:
         if value.dtype in low:
-            value.type = FLOAT
+            value.type = ir.TensorType(ir.DataType.FLOAT)
     infer_shapes(model)
 
 
@@ -166,7 +165,7 @@ class _Types:
             self._turn_constant(value)
         for value in values:
             low = value.producer() is not None and value.producer() not in self._wide
-            value.type = ir.TensorType(self._kind) if low else FLOAT
+            value.type = ir.TensorType(self._kind if low else ir.DataType.FLOAT)  # a new one: clones share theirs
             for node, index in list(value.uses()):
                 if self._takes(node, index) != value.dtype:
                     node.replace_input_with(index, self._as_other(value))

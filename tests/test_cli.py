@@ -327,7 +327,6 @@ def test_modelopt_flags_that_mean_something_else_are_refused(bench: Bench, capsy
     np.save(bench.root / "c.npy", windows(1))
     for flag, value in (
         ("--quantize_mode", "int4"),
-        ("--high_precision_dtype", "fp16"),
         ("--target", "toaster"),
         ("--keep", "nothing*"),
     ):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +10,7 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int8] | npt.NDArray[np.uint8]
 LIMITS = {"int8": (-127, 127), "uint8": (0, 255)}
+LEAST_HALF = np.float32(2.0**-20)
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +38,16 @@ class Scale:
         shape = [1] * rank
         shape[self.axis] = -1
         return self.step.reshape(shape), self.zero_point.reshape(shape)
+
+    def in_type(self, dtype: str) -> Scale:
+        """The scale with the least steps of a floating-point type that are no smaller, so that nothing more saturates.
+
+        In fp16 a step is at least 2^-20, the least one that rounding moves by no more than 1/16 of itself.
+
+        Args:
+            dtype: "fp32" (the scale itself), "fp16" or "bf16".
+        """
+        return self if dtype == "fp32" else replace(self, step=_rounded_up(self.step, dtype))
 
     def equals(self, other: Scale) -> bool:
         """Whether both map every real value to the same integer."""
@@ -83,6 +94,19 @@ def _step(value: float | Floats) -> Floats:
     """A usable float32 step: a range of nothing but zeros gets the step 1, which maps it to 0."""
     step = np.asarray(value, np.float32)
     return np.where(step > np.finfo(np.float32).tiny, step, np.float32(1)).astype(np.float32)
+
+
+def _rounded_up(step: Floats, dtype: str) -> Floats:
+    """The least numbers of fp16 or bf16 that are no smaller than positive `step`, as float32; infinity beyond fp16."""
+    if dtype == "bf16":  # the upper half of a float32
+        bits = np.ascontiguousarray(step, np.float32).view(np.uint32).astype(np.uint64)
+        upper: Floats = ((bits + 0xFFFF) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+        return upper.reshape(step.shape)
+    wanted = np.maximum(step, LEAST_HALF)
+    with np.errstate(over="ignore"):
+        nearest = wanted.astype(np.float16)
+        above = np.nextafter(nearest, np.float16(np.inf))
+    return np.where(nearest.astype(np.float32) < wanted, above, nearest).astype(np.float32)
 
 
 def quantize(values: Floats, scale: Scale) -> Integers:

@@ -238,8 +238,8 @@ class QuantizeOptions(SourceOptions):
     """Measure whether each thin layer's INT8 makes the engine faster, and leave it in floating point where it does not."""
     quantize_mode: str = "int8"
     """Only int8 (a flag of ModelOpt's command line)."""
-    high_precision_dtype: str = "fp32"
-    """Type of the floating-point rest in the file: only fp32; choose bf16 when you run it."""
+    high_precision_dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    """Type of whatever is no integer, in the file itself; normalizations stay fp32. Default: fp16 for tensorrt, else and for --retarget fp32."""
     seed: int = 0
     """Equal seeds draw equal windows."""
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from ptq3d.data import find_data, without_labels
 from ptq3d.errors import GraphError, OptionError
 from ptq3d.exporting import BELONGS_TO, ONNX, SOURCES, described, export, source_of
 from ptq3d.graphs.files import load_graph, save_graph, static_input_shape
+from ptq3d.graphs.low_precision import low_precision
 from ptq3d.graphs.passes import is_quantized
 from ptq3d.int8 import LIMITS, Scale
 from ptq3d.manifest import Manifest, embed
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 log = logging.getLogger("ptq3d")
+Rest = Literal["fp32", "fp16", "bf16"]
 AnyQuantize = TypeVar("AnyQuantize", bound=QuantizeOptions)
 NO_DATA = "--calibration-data is missing: windows or volumes to draw the ranges from."
 
@@ -198,7 +200,14 @@ def recipe_of(options: QuantizeOptions) -> Recipe:
         second_terms=_most(options.target) if options.second_terms is None else options.second_terms,
         rounding=options.rounding,
         keep=tuple(options.keep),
+        high_precision_dtype=_rest(options),
     )
+
+
+def _rest(options: QuantizeOptions) -> Rest:
+    """The type of what stays in floating point."""
+    asked = options.high_precision_dtype
+    return get_target(options.target).rest if asked == "auto" else asked
 
 
 def _most(target: str) -> float:
@@ -237,18 +246,25 @@ def _retargeted(options: QuantizeOptions, target: Target) -> Written:
     model, manifest = described(options, model, path)
     model, foreign = qdq.read(model)
     result = retargeting.retarget(model, foreign, target, keep=options.keep)
+    asked = options.high_precision_dtype
+    rest: Rest = "fp32" if asked == "auto" else asked
+    plan = planning.in_type(result.plan, rest)
     digest = {path.name: sha256(path)}
     recipe = {
         "ptq3d": __version__,
         "target": target.name,
+        "high_precision_dtype": rest,
         "retargeted_from": digest,
-        "int8_layers": list(result.plan.layers),
+        "int8_layers": list(plan.layers),
         "float_layers": dict(result.kept),
-        "int8_mac_share": planning.int8_mac_share(model, result.plan),
+        "int8_mac_share": planning.int8_mac_share(model, plan),
         "rescaled_tensors": list(result.rescaled),
         "dropped_tensors": list(result.dropped),
     }
-    embed(qdq.write(model, result.plan), replace(manifest, quantization=recipe, source=digest))
+    written = qdq.write(model, plan)
+    if rest != "fp32":
+        low_precision(written, rest)
+    embed(written, replace(manifest, quantization=recipe, source=digest))
     output = output_of(options)
     save_graph(model, output)
     return Written(output, output.stat().st_size, {**recipe, "source_size_bytes": path.stat().st_size})
@@ -262,11 +278,6 @@ def check_modelopt_flags(options: QuantizeOptions) -> None:
     """
     if options.quantize_mode != "int8":
         raise OptionError(f"--quantize-mode {options.quantize_mode}: ptq3d writes int8 only.")
-    if options.high_precision_dtype != "fp32":
-        raise OptionError(
-            f"--high-precision-dtype {options.high_precision_dtype}: the floating-point rest is written as fp32. "
-            "Choose its arithmetic when it runs: ptq3d deploy --precision bf16."
-        )
 
 
 def _prepared_graph(options: QuantizeOptions) -> tuple[ir.Model, Manifest]:

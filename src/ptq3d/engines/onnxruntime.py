@@ -30,9 +30,10 @@ from ptq3d.engines.base import (
     runs_anywhere,
 )
 from ptq3d.engines.providers import PROVIDERS, failures, open_session
-from ptq3d.errors import EngineError, line_of
+from ptq3d.errors import EngineError, UnavailableError, line_of
 from ptq3d.graphs.files import load_graph, save_graph, static_input_shape
 from ptq3d.graphs.layers import Layer, layers, shape_of
+from ptq3d.graphs.low_precision import low_type
 from ptq3d.graphs.passes import is_quantized, simplify, unsigned_activations
 from ptq3d.head import Classifier, Head, classifier, load_head
 from ptq3d.progress import Progress, silent
@@ -82,7 +83,7 @@ def open(folder: Path, options: EngineOptions) -> OnnxRuntimeEngine:
 
     Raises:
         EngineError: ONNX Runtime cannot load it, or runs a part of it elsewhere.
-        UnavailableError: this machine has no such provider or device.
+        UnavailableError: this machine has no such provider or device, or the file is in BF16 and the CPU is to run it.
         OptionError: a precision that the first provider does not have.
     """
     import onnxruntime
@@ -105,7 +106,8 @@ def open(folder: Path, options: EngineOptions) -> OnnxRuntimeEngine:
             path = Path(scratch) / "unsigned.onnx"  # as in `openvino.build`: it can misread int8 around a concat
             unsigned_activations(model)
             save_graph(model, path)
-        session, placed = open_session(path, settings, options, quantized=is_quantized(model))
+        disabled = _disabled(folder / ARTEFACT, model, options)
+        session, placed = open_session(path, settings, options, quantized=is_quantized(model), disabled=disabled)
         operators = None if compiles else _executed_operators(optimized)
     return OnnxRuntimeEngine(model, session, Ran(operators, placed, options.precision), load_head(folder))
 
@@ -132,6 +134,19 @@ class Ran:
         return {ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}.get(
             dtype or ir.DataType.FLOAT, "tf32" if self.precision == "tf32" else "fp32"
         )
+
+
+def _disabled(path: Path, model: ir.Model, options: EngineOptions) -> list[str]:
+    """The optimizers of ONNX Runtime that must not touch a file.
+
+    Where steps are FP16 it quantizes biases with their product, which FP16 does not hold: answers off by a third (1.32).
+    """
+    low = low_type(model)
+    if low == ir.DataType.BFLOAT16 and (not options.providers or "cpu" in options.providers):
+        raise UnavailableError(
+            f"{path}: ONNX Runtime has no BF16 kernels on the CPU. Use --engine openvino, torch or reference."
+        )
+    return [] if low is None else ["WeightBiasQuantization"]
 
 
 def _executed_operators(optimized: Path) -> dict[str, str]:

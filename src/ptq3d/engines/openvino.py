@@ -40,6 +40,7 @@ from ptq3d.engines.openvino_model import (
 from ptq3d.engines.openvino_report import reports
 from ptq3d.errors import EngineError, GraphError, OptionError, UnavailableError
 from ptq3d.graphs.files import load_graph, save_graph
+from ptq3d.graphs.low_precision import full_precision, low_type
 from ptq3d.graphs.passes import simplify, unsigned_activations
 from ptq3d.head import ROWS, Classifier, Head, label_type, load_head
 from ptq3d.progress import Progress, silent
@@ -78,7 +79,7 @@ def build(onnx: Path, folder: Path, settings: BuildSettings = PLAIN, progress: P
 
     int8 activations around a concat become uint8 first, which is exact: OpenVINO 2026.4 can misread them as int8
     (docs/foreign-qdq.md). Constants that are gathered stay gathered: OpenVINO would write them out. Large ones of which float16
-    holds every value are written as float16.
+    holds every value are written as float16. A rest in FP16 or BF16 becomes FP32.
 
     Args:
         onnx: FP32 or Q/DQ.
@@ -95,6 +96,10 @@ def build(onnx: Path, folder: Path, settings: BuildSettings = PLAIN, progress: P
     compiled_for(settings)
     folder.mkdir(parents=True, exist_ok=True)
     model = simplify(load_graph(onnx))
+    if (
+        low_type(model) is not None
+    ):  # the arithmetic is chosen when it runs, and what finds INT8 layers expects FP32 around them
+        full_precision(model)
     if any(node.op_type == "Concat" for node in model.graph):
         unsigned_activations(model)
     tables = tables_as_inputs(model)

@@ -188,7 +188,7 @@ def failures() -> tuple[type[Exception], ...]:
 
 
 def open_session(
-    path: Path, settings: Any, options: EngineOptions, *, quantized: bool = False
+    path: Path, settings: Any, options: EngineOptions, *, quantized: bool = False, disabled: Sequence[str] = ()
 ) -> tuple[Any, dict[str, str]]:
     """A session and, where providers were named, where each node runs.
 
@@ -197,6 +197,7 @@ def open_session(
         settings: onnxruntime's SessionOptions; told here to be strict about providers.
         options: device, precision, providers.
         quantized: the graph has Q/DQ.
+        disabled: names of optimizers that must not touch the graph.
 
     Raises:
         OptionError, UnavailableError: see `chosen` and `placement`.
@@ -213,7 +214,8 @@ def open_session(
     if audited:
         settings.add_session_config_entry(AUDIT, "1")
         settings.add_session_config_entry(STRICT, "0" if "cpu" in options.providers else "1")
-    make = partial(onnxruntime.InferenceSession, path, settings, providers=providers, enable_fallback=0)
+    given = {"providers": providers, "enable_fallback": 0, "disabled_optimizers": list(disabled)}
+    make = partial(onnxruntime.InferenceSession, path, settings, **given)
     try:
         session = make()
     except failures() as error:

@@ -2,14 +2,15 @@
 
 Slow and readable. A dequantized tensor stays a pair (integers, scale) until something needs real values: a weighted
 layer whose inputs are both such pairs sums integers exactly and rescales once (`ptq3d.int8.rescale`); concat and moves of
-pairs with one scale move integers; everything else works on float32.
+pairs with one scale move integers; everything else works on float32. Where the file says FP16 or BF16, a node still computes in
+float32, and its real values are rounded to that type.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from ptq3d.errors import EngineError, OptionError, UnavailableError
 from ptq3d.graphs.layers import WEIGHT_AXIS, layers
 
 MOVES = frozenset({"Concat", "MaxPool", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity"})
+LOW = {ir.DataType.FLOAT16: torch.float16, ir.DataType.BFLOAT16: torch.bfloat16}
 WEIGHTED = frozenset({"Conv", "ConvTranspose", "MatMul", "Gemm"})
 
 unavailable = eager.unavailable
@@ -43,16 +45,19 @@ class Quantized:
         step: () or (K,) float32.
         zero_point: () or (K,) int32.
         axis: the channel axis of a (K,) step.
+        low: FP16 or BF16 where the real values are rounded to it.
     """
 
     q: Tensor
     step: Tensor
     zero_point: Tensor
     axis: int
+    low: ir.DataType | None = None
 
     def real(self) -> Tensor:
         """The float32 values."""
-        return eager.dequantize({"axis": self.axis}, self.q, self.step, self.zero_point)
+        values: Tensor = rounded(eager.dequantize({"axis": self.axis}, self.q, self.step, self.zero_point), self.low)
+        return values
 
     def centred(self) -> Tensor:
         """q - zero_point as float64: products of such sum exactly up to 2^53."""
@@ -90,6 +95,9 @@ class ReferenceEngine(eager.TorchEngine):
         return tensor
 
     def _apply(self, node: ir.Node, inputs: list[Any]) -> Any:
+        return rounded(self._computed(node, inputs), node.outputs[0].dtype)
+
+    def _computed(self, node: ir.Node, inputs: list[Any]) -> Any:
         attributes = self._attributes[node.name]
         if node.op_type == "QuantizeLinear":
             return eager.quantize(attributes, _real(inputs[0]), *inputs[1:])
@@ -100,7 +108,7 @@ class ReferenceEngine(eager.TorchEngine):
         if node.op_type in MOVES and _movable(inputs):
             first: Quantized = inputs[0]
             moved = OPERATORS[node.op_type](attributes, *(_integers(value) for value in inputs))
-            return Quantized(moved.to(first.q.dtype), first.step, first.zero_point, first.axis)
+            return replace(first, q=moved.to(first.q.dtype))
         return OPERATORS[node.op_type](attributes, *(_real(value) for value in inputs))
 
     def layers(self) -> tuple[LayerReport, ...]:
@@ -112,6 +120,14 @@ class ReferenceEngine(eager.TorchEngine):
             for layer in layers(model)
         ]
         return (*found, *head_layer(self._head, math.prod(self._spec.window)))
+
+
+def rounded(value: Any, dtype: ir.DataType | None) -> Any:
+    """Real values as FP16 or BF16 holds them, in float32; integers keep theirs until they are asked for."""
+    low = LOW.get(dtype) if dtype is not None else None
+    if low is None:
+        return value
+    return replace(value, low=dtype) if isinstance(value, Quantized) else value.to(low).float()
 
 
 def _real(value: Any) -> Any:

@@ -25,7 +25,9 @@ from ptq3d.errors import EngineError, OptionError, UnavailableError
 from ptq3d.graphs.batching import free_batch
 from ptq3d.graphs.files import image_input, load_graph, save_graph, static_input_shape
 from ptq3d.graphs.layers import layers
-from ptq3d.graphs.passes import simplify
+from ptq3d.graphs.low_precision import low_precision
+from ptq3d.graphs.passes import simplify, write_kernel_shapes
+from ptq3d.graphs.tensorrt_rules import violations
 from ptq3d.head import load_head
 from ptq3d.progress import Progress, silent
 
@@ -175,13 +177,11 @@ def _prepared(onnx: Path, settings: BuildSettings) -> ir.Model:
         EngineError: it breaks rules of TensorRT.
         GraphError: it cannot take that batch.
     """
-    from ptq3d.graphs.low_precision import low_precision
-    from ptq3d.graphs.tensorrt_rules import violations
-
     model = simplify(load_graph(onnx))
     static_input_shape(model)
     if settings.precision in ("fp16", "bf16"):
         low_precision(model, settings.precision)
+    write_kernel_shapes(model)
     found = violations(model)
     if found:
         listed = "; ".join(f"{one.node}: {one.said}" for one in found)

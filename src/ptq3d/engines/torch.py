@@ -176,7 +176,10 @@ class TorchEngine:
     def _constant(self, value: ir.Value) -> Tensor:
         if value.const_value is None:
             raise GraphError(f"the weight '{value.name}' has no value.")
-        tensor = torch.from_numpy(value.const_value.numpy().copy()).to(self._device)
+        array = value.const_value.numpy()
+        if value.const_value.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16):  # the engine's own type counts
+            array = array.astype(np.float32)
+        tensor = torch.from_numpy(array.copy()).to(self._device)
         return tensor.to(self._dtype) if tensor.is_floating_point() and tensor.ndim > 1 else tensor
 
     @property

@@ -14,11 +14,13 @@ from numpy.typing import NDArray
 from onnx_ir.passes import common
 
 from ptq3d.graphs.layers import groups, shape_of, weight_axis
+from ptq3d.graphs.low_precision import TENSOR, cast
 from ptq3d.head import Head
 
 MONOTONE = frozenset(
     {"Softmax", "LogSoftmax", "Sigmoid", "Identity"}
 )  # over classes: they leave the argmax where it is
+FLOATS = frozenset({ir.DataType.FLOAT, *TENSOR})
 TO_LAST, TO_FIRST = [0, 2, 3, 4, 1], [0, 4, 1, 2, 3]
 
 
@@ -81,7 +83,10 @@ def head_layer_of(model: ir.Model) -> str | None:
 
 
 def _end_at(model: ir.Model, value: ir.Value) -> None:
-    """Make `value` the only output; what it does not need goes."""
+    """Make `value` the only output, in FP32 where it is FP16 or BF16; what it does not need goes."""
+    if value.dtype in TENSOR:
+        full = (node.outputs[0] for node, _ in value.uses() if _is_cast(node) and node.outputs[0].dtype not in TENSOR)
+        value = next(full, None) or cast(model, value, ir.DataType.FLOAT, f"{value.name}/fp32")
     if list(model.graph.outputs) != [value]:
         model.graph.outputs[:] = [value]
         common.RemoveUnusedNodesPass()(model)
@@ -99,10 +104,19 @@ _Map = tuple[ir.Value, NDArray[np.float64], NDArray[np.float64]]
 
 def _before_monotone(value: ir.Value) -> ir.Value:
     node = value.producer()
-    while node is not None and node.op_type in MONOTONE and _over_channels(node) and node.inputs[0] is not None:
+    while node is not None and node.inputs[0] is not None and (_is_monotone(node) or _is_cast(node)):
         value = node.inputs[0]
         node = value.producer()
     return value
+
+
+def _is_monotone(node: ir.Node) -> bool:
+    return node.op_type in MONOTONE and _over_channels(node)
+
+
+def _is_cast(node: ir.Node) -> bool:
+    """Whether a node only gives another floating-point type."""
+    return node.op_type == "Cast" and {node.inputs[0].dtype, node.outputs[0].dtype} <= FLOATS  # type: ignore[union-attr]
 
 
 def _over_channels(node: ir.Node) -> bool:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 import onnx_ir as ir
 
-from ptq3d.errors import OptionError
+from ptq3d.errors import CalibrationError, OptionError
 from ptq3d.graphs.layers import WEIGHT_AXIS, groups, layers, shape_of, weight_axis, weight_value
 from ptq3d.int8 import Scale, scale_of_range, scale_of_weight
+from ptq3d.quantization.groups import Groups
 from ptq3d.quantization.observers import Range
 from ptq3d.quantization.targets import MOVES, Target
 
+LARGEST_HALF = 65504.0
 RECTIFIED = frozenset({"Relu", "Sigmoid", "Softmax"})
 Use = tuple[str, int]  # (name of a node, index of its input)
 
@@ -111,7 +113,7 @@ def place(model: ir.Model, target: Target, *, keep: Sequence[str] = ()) -> Place
         raise OptionError(
             "no layer is left to quantize: every Conv, ConvTranspose, Gemm and MatMul is kept in floating point."
         )
-    shared = _Groups()
+    shared = Groups()
     signed: set[str] = set()
     for node in chosen:
         left, is_product = list(_sources(node.inputs[0], every=target.direct)), weight_value(node) is None
@@ -301,28 +303,6 @@ def _sources(value: ir.Value | None, *, every: bool = False) -> Iterable[str]:
         yield str(value.name)
 
 
-class _Groups:
-    """Disjoint sets of tensor names, in the order in which they were first seen."""
-
-    def __init__(self) -> None:
-        self._of: dict[str, list[str]] = {}
-
-    def join(self, names: Sequence[str]) -> None:
-        merged: list[str] = []
-        for name in names:
-            for member in self._of.get(name, [name]):
-                if member not in merged:
-                    merged.append(member)
-        for member in merged:
-            self._of[member] = merged
-
-    def tuples(self) -> tuple[tuple[str, ...], ...]:
-        seen: dict[int, tuple[str, ...]] = {}
-        for members in self._of.values():
-            seen.setdefault(id(members), tuple(members))
-        return tuple(seen.values())
-
-
 def plan(
     model: ir.Model,
     placement: Placement,
@@ -360,6 +340,29 @@ def _group_scales(
     high = max(ranges[name].high for name in group)
     symmetric = target.symmetric or bool(placement.signed & set(group))
     return dict.fromkeys(group, scale_of_range(low, high, symmetric=symmetric))
+
+
+def in_type(plan: Plan, dtype: str) -> Plan:
+    """The plan with steps that a floating-point type holds exactly, each the least that is no smaller; see `Scale.in_type`.
+
+    Args:
+        plan: for an FP32 graph.
+        dtype: of the floating-point rest of the file: "fp32", "fp16" or "bf16".
+
+    Raises:
+        CalibrationError: a tensor whose range reaches beyond that type.
+    """
+    return replace(plan, activations=_in_type(plan.activations, dtype), weights=_in_type(plan.weights, dtype))
+
+
+def _in_type(scales: Mapping[str, Scale], dtype: str) -> dict[str, Scale]:
+    for name, scale in scales.items():
+        largest = float(scale.step.max()) * 127
+        if dtype == "fp16" and largest > LARGEST_HALF:
+            raise CalibrationError(
+                f"tensor '{name}' reaches {largest:.3g}, fp16 ends at {LARGEST_HALF:.0f}. Choose --high-precision-dtype bf16 or fp32."
+            )
+    return {name: scale.in_type(dtype) for name, scale in scales.items()}
 
 
 def input_step(node: ir.Node, plan: Plan) -> float:

@@ -11,7 +11,8 @@ from onnx_ir.passes import common
 from ptq3d.errors import GraphError
 from ptq3d.graphs.constants import add_constant, constant_of
 from ptq3d.graphs.layers import layers, shape_of
-from ptq3d.graphs.passes import infer_shapes, insert_behind, is_quantized
+from ptq3d.graphs.passes import infer_shapes, insert_behind, is_quantized, write_kernel_shapes
+from ptq3d.graphs.pixel_shuffle import shuffle_pixels
 from ptq3d.int8 import Scale
 from ptq3d.quantization.planning import Plan, reads_int8
 from ptq3d.quantization.reading import integer_layers as integer_layers
@@ -24,7 +25,8 @@ def write(model: ir.Model, plan: Plan) -> ir.Model:
     """`model` with the plan's Q/DQ, in place; its weights are stored as INT8.
 
     An activation is quantized once, behind its producer; the layers of the plan, the concats and moves in front of them,
-    and the plan's other readers read the dequantized tensor, everything else goes on reading the FP32 one.
+    and the plan's other readers read the dequantized tensor, everything else goes on reading the FP32 one. For a target that
+    shuffles, a ConvTranspose becomes a convolution last of all: the plan that is read back has the convolution's names and axes.
 
     Args:
         model: the simplified FP32 graph that was planned.
@@ -46,6 +48,9 @@ def write(model: ir.Model, plan: Plan) -> ir.Model:
             _quantize_weight(model, node, plan, done)
     common.TopologicalSortPass()(model)
     infer_shapes(model)
+    if plan.target in TARGETS and TARGETS[plan.target].shuffles:
+        shuffle_pixels(model)
+    write_kernel_shapes(model)
     return model
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import glob
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import onnx_ir as ir
 
 from ptq3d.graphs.constants import round_added_constants
+from ptq3d.graphs.low_precision import low_precision
 from ptq3d.graphs.split_head import head_layer_of
 from ptq3d.quantization import equalization, planning, qdq, rounding, second_terms, smoothing
 from ptq3d.quantization.observation import Observations
@@ -27,6 +28,7 @@ class Recipe:
         second_terms: the share of the network's work that may be spent on its most sensitive layers; 0 for none.
         rounding: "gptq" or "nearest".
         keep: glob patterns of layers that stay in floating point.
+        high_precision_dtype: "fp32", "fp16" or "bf16": the type of whatever is no integer, in the file itself.
     """
 
     target: str = "openvino"
@@ -35,6 +37,7 @@ class Recipe:
     second_terms: float = second_terms.COST
     rounding: str = "gptq"
     keep: tuple[str, ...] = ()
+    high_precision_dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -78,8 +81,10 @@ def quantize_graph(
 
     Raises:
         OptionError: a pattern matches no layer, or no layer is left.
+        CalibrationError: a tensor whose range reaches beyond the recipe's floating-point type.
+        GraphError: the graph cannot be written in that type.
     """
-    model, target = model.clone(), get_target(recipe.target)
+    model, target, dtype = model.clone(), get_target(recipe.target), recipe.high_precision_dtype
     if recipe.equalize:
         done = equalization.equalize(model, planning.place(model, target), seen.tensors)
         seen = seen.scaled(done.tensors, done.layers)
@@ -92,19 +97,22 @@ def quantize_graph(
     keep = recipe.keep if head is None else (*recipe.keep, glob.escape(head))
     placement = planning.place(model, target, keep=keep)
     ranges = seen.ranges(placement, method=recipe.calibration_method, symmetric=target.symmetric)
-    plan = planning.plan(model, placement, ranges, target)
+    plan = planning.in_type(planning.plan(model, placement, ranges, target), dtype)
     kept, mended = {**placement.kept, **({} if head is None else {head: HEAD})}, second_terms.Mended()
-    if recipe.second_terms and target.mending is not None:
+    if recipe.second_terms and target.mending is not None and (dtype != "fp32" or target.rest == "fp32"):
         found = second_terms.noises(model, plan, seen, target.mending)
         mended = second_terms.choose(found, model, target.mending, cost=recipe.second_terms, integers=len(plan.layers))
         kept |= {layer.layer: "too sensitive for 8 bits, and thin" for layer in mended.floating}
-        scales = second_terms.split(model, mended.split, seen, symmetric=target.symmetric)
+        scales = second_terms.split(model, mended.split, seen, symmetric=target.symmetric, dtype=dtype)
         seen = second_terms.split_rows(seen, mended.split, scales)
         placement = planning.place(model, target, keep=tuple(glob.escape(name) for name in kept))
-        plan = planning.plan(model, placement, ranges, target, given=scales)
+        plan = planning.in_type(planning.plan(model, placement, ranges, target, given=scales), dtype)
     if recipe.rounding == "gptq":
         rounding.round_weights(model, plan, seen.layers, rounded)
     round_added_constants(model)
     share = planning.int8_mac_share(model, plan)
     split, floating = ([layer.layer for layer in layers] for layers in (mended.split, mended.floating))
-    return Quantized(qdq.write(model, plan), plan, kept, tuple(split), tuple(floating), share)
+    written = qdq.write(model, plan)
+    if dtype != "fp32":
+        low_precision(written, dtype)
+    return Quantized(written, plan, kept, tuple(split), tuple(floating), share)

@@ -13,6 +13,7 @@ from onnx_ir.passes import common
 from ptq3d.errors import GraphError
 from ptq3d.graphs.constants import add_constant
 from ptq3d.graphs.layers import WEIGHT_AXIS, groups, shape_of, weight_axis, weight_value
+from ptq3d.graphs.low_precision import full_precision, low_type
 from ptq3d.graphs.passes import QDQ, infer_shapes, insert_behind
 from ptq3d.int8 import Floats, Scale, dequantize
 from ptq3d.quantization.planning import Plan, Use, pieces_of, reads_int8
@@ -30,7 +31,8 @@ def read(model: ir.Model) -> tuple[ir.Model, Plan]:
     A clip between Q and DQ, and steps per channel that DQ takes for one step, become Clip and Mul in front of the
     quantized tensor; a tensor quantized with two scales gets an Identity for the second. A layer with quantized weights
     whose sums cannot be integers (steps along its input channels, steps per channel of its input) is left out of the
-    plan's layers: it computes in FP32 with the same dequantized values, as the file itself says.
+    plan's layers: it computes in FP32 with the same dequantized values, as the file itself says. A rest in FP16 or BF16 becomes
+    FP32: the same weights and steps, without the rounding of what they compute.
 
     Args:
         model: a simplified graph; changed in place.
@@ -41,6 +43,8 @@ def read(model: ir.Model) -> tuple[ir.Model, Plan]:
     Raises:
         GraphError: something cannot be kept; the message names the node.
     """
+    if low_type(model) is not None:
+        full_precision(model)
     for node in model.graph:
         if node.op_type.startswith("QLinear") or node.op_type in INTEGER_OPERATORS:
             raise _refused(node, "is an integer operator; only QuantizeLinear and DequantizeLinear are read")

@@ -189,7 +189,9 @@ def _spent(layer: Noise, works: float, whole: float, float_bytes: int) -> Matrix
     return np.asarray([[layer.split_work / works, layer.weights / whole], floats])
 
 
-def split(model: ir.Model, chosen: Sequence[Noise], seen: Observations, *, symmetric: bool) -> dict[str, Scale]:
+def split(
+    model: ir.Model, chosen: Sequence[Noise], seen: Observations, *, symmetric: bool, dtype: str = "fp32"
+) -> dict[str, Scale]:
     """Let the chosen layers read two terms, in place; place the graph anew and give the terms these scales.
 
     Args:
@@ -197,6 +199,7 @@ def split(model: ir.Model, chosen: Sequence[Noise], seen: Observations, *, symme
         chosen: from `choose`.
         seen: extremes of their tensors.
         symmetric: whether scales are symmetric INT8.
+        dtype: that holds their steps exactly; see `Scale.in_type`.
 
     Returns:
         name of each new tensor -> its scale.
@@ -204,7 +207,7 @@ def split(model: ir.Model, chosen: Sequence[Noise], seen: Observations, *, symme
     scales: dict[str, Scale] = {}
     nodes = {str(node.name): node for node in model.graph}
     for tensor in dict.fromkeys(layer.tensor for layer in chosen):
-        scale = _scale(seen.tensors[tensor], symmetric=symmetric)
+        scale = _scale(seen.tensors[tensor], symmetric=symmetric).in_type(dtype)
         readers = [nodes[layer.layer] for layer in chosen if layer.tensor == tensor]
         joined = _insert_terms(model, readers[0].inputs[0], float(scale.step))
         for node in readers:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from ptq3d.errors import OptionError
 
@@ -61,8 +62,10 @@ class Target:
         unshifted: layers that run in INT8 only where what they read has zero-point 0.
         direct: layers must read a DequantizeLinear itself: concats and moves in front of them are quantized behind, too.
         channel_steps: QuantizeLinear may have a step for each channel where DequantizeLinear has one: channel scales are free.
+        rest: the type of what stays in floating point where the user says nothing; sensitive layers are mended in it only.
         group_multiple: a group of an INT8 convolution reads and makes a multiple of so many channels.
         mending: what it costs there to mend a sensitive layer; None where none is mended.
+        shuffles: a ConvTranspose with kernel = stride is written as a 1x1x1 convolution and a shuffle of its channels.
     """
 
     name: str
@@ -77,8 +80,10 @@ class Target:
     sums: frozenset[str] = frozenset()
     direct: bool = False
     channel_steps: bool = False
+    rest: Literal["fp32", "fp16"] = "fp32"
     group_multiple: int = 1
     mending: Prices | None = None
+    shuffles: bool = False
 
 
 TARGETS: Mapping[str, Target] = {
@@ -102,12 +107,15 @@ TARGETS: Mapping[str, Target] = {
             frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"}),
             True,
             "TensorRT developer guide, explicit quantization: int8, zero-point 0, Q/DQ on all inputs of weighted layers "
-            "and on the residual branch of an Add, which then runs inside the convolution",
+            "and on the residual branch of an Add, which then runs inside the convolution; a 3D ConvTranspose may leave INT8 "
+            "there whatever its Q/DQ say (TensorRT issue 4668)",
             residual=True,
+            rest="fp16",
             group_multiple=4,
             # with an FP16 rest: tensor cores multiply INT8 twice as fast as FP16, about 300 times in the time of a byte; INT8
             # volumes are packs of 32 channels; two terms would be made by an operator of its own
             mending=Prices(600, None, 600, 1.0, 0.5, 1, (32, 32), most=0.4),
+            shuffles=True,
         ),
         Target(
             "onnxruntime",

@@ -239,7 +239,7 @@ class QuantizeOptions(SourceOptions):
     quantize_mode: str = "int8"
     """Only int8 (a flag of ModelOpt's command line)."""
     high_precision_dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
-    """Type of whatever is no integer, in the file itself; normalizations stay fp32. Default: fp16 for tensorrt, else and for --retarget fp32."""
+    """Type of whatever is no integer, in the file; normalizations stay fp32. Default: fp16 for tensorrt, else and with --retarget fp32."""
     seed: int = 0
     """Equal seeds draw equal windows."""
 

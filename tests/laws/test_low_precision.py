@@ -20,7 +20,7 @@ from onnx import numpy_helper
 from networks import NETWORKS, Builder, windows
 from ptq3d.cli import main
 from ptq3d.engines import BACKENDS, load_backend
-from ptq3d.errors import CalibrationError, GraphError, UnavailableError
+from ptq3d.errors import CalibrationError, EngineError, GraphError, UnavailableError
 from ptq3d.graphs.files import load_graph, save_graph
 from ptq3d.graphs.low_precision import full_precision, low_precision, low_type
 from ptq3d.graphs.passes import QDQ, simplify
@@ -183,6 +183,10 @@ def test_engines_run_such_files(backend: str, source: str, kind: Kind, tmp_path:
         model, wanted = typed(network, source, kind)
         path = tmp_path / f"{network}.onnx"
         save_graph(model, path)
+        if (backend, source, network) == ("openvino", "onnxruntime", "rolled"):
+            with pytest.raises(EngineError, match="padded AveragePool"):
+                run(backend, path, X)
+            continue
         try:
             found = run(backend, path, X)
         except UnavailableError as refused:
@@ -388,8 +392,9 @@ def test_the_command_line_writes_retargets_and_inspects_them(
     onnx_file, data, low = NETWORKS["unet"](tmp_path / "n.onnx"), tmp_path / "c.npy", tmp_path / "low.onnx"
     np.save(data, windows(3))
     given = ["quantize", "--onnx", str(onnx_file), "--calibration", str(data), "--target", "tensorrt", "--quiet"]
-    assert main([*given, "--output", str(low), "--high_precision_dtype", "fp16"]) == 0
-    assert main([*given, "--output", str(tmp_path / "full.onnx")]) == 0
+    given += ["--second-terms", "0"]
+    assert main([*given, "--output", str(low)]) == 0  # the default for tensorrt
+    assert main([*given, "--output", str(tmp_path / "full.onnx"), "--high_precision_dtype", "fp32"]) == 0
     manifest = embedded(load_graph(low), where=low)
     assert manifest is not None
     assert manifest.quantization["high_precision_dtype"] == "fp16"
@@ -411,5 +416,6 @@ def test_the_command_line_writes_retargets_and_inspects_them(
         "--output",
         str(tmp_path / "x.onnx"),
     ]
-    assert main([*full, "--high-precision-dtype", "fp16"]) == 2
-    assert "is no number of fp16" in capsys.readouterr().err
+    assert main([*full, "--high-precision-dtype", "fp16"]) == 0
+    exact, rounded = (run("reference", tmp_path / name, X) for name in ("full.onnx", "x.onnx"))
+    assert 0 < error(rounded, exact) < 0.01

@@ -34,6 +34,7 @@ from ptq3d.engines.openvino_model import (
     channels_last,
     halve_constants,
     inputs_as_constants,
+    readable,
     sum_apart,
     tables_as_inputs,
 )
@@ -102,6 +103,7 @@ def build(onnx: Path, folder: Path, settings: BuildSettings = PLAIN, progress: P
         full_precision(model)
     if any(node.op_type == "Concat" for node in model.graph):
         unsigned_activations(model)
+    readable(model)
     tables = tables_as_inputs(model)
     with tempfile.TemporaryDirectory() as scratch:
         save_graph(model, Path(scratch) / onnx.name)

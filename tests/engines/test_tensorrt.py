@@ -336,6 +336,6 @@ def test_the_report_says_what_the_inspector_says(
 def test_the_facts_of_an_artefact_hold_no_path(machine: Machine, onnx: Path, built: Build) -> None:
     written = json.loads((built(onnx) / "tensorrt.json").read_text())
     assert set(written) == {
-        "version", "capability", "precision", "batch", "shape", "features", "layers", "device",
+        "version", "capability", "precision", "batch", "fixed", "shape", "features", "layers", "device",
     }  # fmt: skip
     assert str(onnx.parent) not in json.dumps(written)

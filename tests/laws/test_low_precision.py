@@ -293,11 +293,28 @@ def test_bf16_raises_the_opset_unless_an_operator_changed_its_meaning(tmp_path: 
     model.opset_imports[""] = 20
     with pytest.raises(GraphError, match="GroupNormalization 'groupnormalization_1' changed what it means"):
         low_precision(model, "bf16")
-    with pytest.raises(GraphError, match="opset 22, the graph is of opset 17"):
-        low_precision(graph(with_constant(tmp_path / "n.onnx", "Add", 1.0, opset=17)), "bf16")
     old = graph(with_constant(tmp_path / "n.onnx", "Add", 1.0, opset=17))
     low_precision(old, "fp16")
     assert old.opset_imports[""] == 17
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_old_graphs_are_raised_and_keep_their_meaning(kind: Kind, tmp_path: Path) -> None:
+    """Opset 13 has the axes of a ReduceMean as an attribute."""
+    b = Builder(14)
+    x = b.conv("image", 1, 4)
+    b.conv(b.add("Sub", x, b.add("ReduceMean", x, axes=[1], keepdims=1)), 4, 3)
+    old = graph(b.save(tmp_path / "n.onnx", "logits", 3, opset=13))
+    wanted = answer(old, tmp_path / "old.onnx")
+    written = qdq.write(old, planning.in_type(planned(old, "tensorrt"), kind))
+    integers = answer(written, tmp_path / "q.onnx")
+    low_precision(written, kind)
+    assert written.opset_imports[""] == {"fp16": 20, "bf16": 22}[kind]
+    save_graph(written, tmp_path / "low.onnx")
+    onnx.checker.check_model(tmp_path / "low.onnx", full_check=True)
+    assert error(answer(written, tmp_path / "low.onnx"), wanted) < {"fp16": 1.1, "bf16": 2.2}[kind] * error(
+        integers, wanted
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)

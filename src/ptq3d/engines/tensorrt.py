@@ -221,7 +221,7 @@ def _serialized(path: Path, model: ir.Model, settings: BuildSettings, device: to
             config.clear_flag(trt.BuilderFlag.TF32)
         if settings.workspace_gb is not None:
             config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(settings.workspace_gb * 1e9))
-        if settings.batch > 1:
+        if _is_free(model):
             _add_profile(builder, config, model, settings.batch)
         timings = cache_folder() / "tensorrt" / f"{_file_name(device)}.timings"
         _load_timings(config, timings)
@@ -250,6 +250,12 @@ def _add_profile(builder: trt.Builder, config: trt.IBuilderConfig, model: ir.Mod
     profile.set_shape(str(value.name), least, most, most)
     if config.add_optimization_profile(profile) < 0:
         raise EngineError(f"a profile of 1 to {batch} windows of {rest} is refused.")
+
+
+def _is_free(model: ir.Model) -> bool:
+    """Whether the number of windows is the caller's choice: only then TensorRT wants a profile."""
+    shape = image_input(model).shape
+    return shape is not None and not isinstance(shape[0], int)
 
 
 def _file_name(device: torch.device) -> str:

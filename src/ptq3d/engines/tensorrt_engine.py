@@ -42,6 +42,7 @@ class Compiled:
         capability: compute capability of the GPU, "9.0".
         precision: of what the graph does not quantize.
         batch: the most windows at a time.
+        fixed: it takes that many, never fewer.
         shape: (C, X, Y, Z) of a window.
         features: F of its output.
         layers: (name, operator, multiply-accumulates of one window) of every multiplying layer of the graph.
@@ -51,6 +52,7 @@ class Compiled:
     capability: str
     precision: Precision
     batch: int
+    fixed: bool
     shape: tuple[int, int, int, int]
     features: int
     layers: tuple[tuple[str, str, int], ...]
@@ -60,10 +62,11 @@ class Compiled:
         model: ir.Model, layers: Iterable[Layer], settings: BuildSettings, *, version: str, capability: str
     ) -> Compiled:
         """The facts of a graph built by `settings` on this machine."""
-        _, channels, x, y, z = static_input_shape(model)
-        found = tuple((layer.name, layer.op, layer.macs) for layer in layers)
+        own, channels, x, y, z = static_input_shape(model)
+        batch = max(own, settings.batch)  # a graph of one window or of any number says 1
+        found = tuple((layer.name, layer.op, layer.macs // own) for layer in layers)
         features = shape_of(model.graph.outputs[0])[1]
-        return Compiled(version, capability, settings.precision, settings.batch, (channels, x, y, z), features, found)
+        return Compiled(version, capability, settings.precision, batch, own > 1, (channels, x, y, z), features, found)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -74,7 +77,7 @@ class Compiled:
         """What `to_dict` gave."""
         channels, x, y, z = written["shape"]
         layers = tuple((str(name), str(op), int(macs)) for name, op, macs in written["layers"])
-        plain = {name: written[name] for name in ("version", "capability", "precision", "batch", "features")}
+        plain = {name: written[name] for name in ("version", "capability", "precision", "batch", "fixed", "features")}
         return Compiled(**plain, shape=(channels, x, y, z), layers=layers)
 
 
@@ -140,21 +143,25 @@ class TensorRtEngine:
         while group := list(islice(pending, self._facts.batch)):
             for window in group:
                 require_windows(window[None], self._spec)
-            whole = len(group) == self._facts.batch
+            whole = self._facts.fixed or len(group) == self._facts.batch
             for piece in [group] if whole else [[window] for window in group]:
                 yield from self._answers(piece)
 
     def _answers(self, piece: Sequence[Tensor]) -> Tensor:
         """(n, F, X, Y, Z) of n windows, in the engine's own memory."""
         self._require_open()
-        lane, current = self._lane(len(piece)), torch.cuda.current_stream(self._device)
+        lane = self._lane(self._facts.batch if self._facts.fixed else len(piece))
+        current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
-            for place, window in zip(lane.windows, piece, strict=True):
+            for place, window in zip(
+                lane.windows, piece, strict=False
+            ):  # what is left of a fixed batch computes anything
                 place.copy_(window, non_blocking=True)
             self._run(lane)
         current.wait_stream(self._stream)
-        return lane.answers if lane.answers.dtype == torch.int8 else lane.answers.float()
+        answers = lane.answers[: len(piece)]
+        return answers if answers.dtype == torch.int8 else answers.float()
 
     def _run(self, lane: _Lane) -> None:
         if lane.graph is not None:

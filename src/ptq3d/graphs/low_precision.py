@@ -30,8 +30,12 @@ STEPS = frozenset({"Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Reciprocal", "Max
 VIEWS = frozenset({"Reshape", "Squeeze", "Unsqueeze", "Expand"})
 FLOAT_INPUTS = frozenset({("Resize", 1), ("Resize", 2)})  # (operator, input): float32 whatever the others are
 BOUNDS = frozenset({"Add", "Clip", "Max", "Min", "Pad", "Where"})  # a number beyond the type means "very much" there
-OLDEST_RAISED = 18  # an opset from which only these changed their meaning, since
-CHANGED = {"GridSample": 20, "DFT": 20, "GroupNormalization": 21}
+AXES_AS_INPUT = 18
+REDUCTIONS = frozenset(
+    f"Reduce{kind}" for kind in ["L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "SumSquare"]
+)
+# the opset in which an operator began to mean something else; what only takes more types or attributes since is not among them
+CHANGED = {"RoiAlign": 16, "LpPool": 18, "Split": 18, "DFT": 20, "GridSample": 20, "GroupNormalization": 21}
 GRAPHS = frozenset({ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS})
 TENSOR = {ir.DataType.FLOAT16: "tensor(float16)", ir.DataType.BFLOAT16: "tensor(bfloat16)"}
 
@@ -109,16 +113,16 @@ def _raise_opset(model: ir.Model, wanted: int) -> None:
     if current is None or current >= wanted:
         return
     changed = [node for node in model.graph if current < CHANGED.get(node.op_type, 0) <= wanted]
-    if current < OLDEST_RAISED or changed:
-        what = (
-            f"{changed[0].op_type} '{changed[0].name}' changed"
-            if changed
-            else f"operators changed before {OLDEST_RAISED}"
-        )
+    if changed:
         raise GraphError(
-            f"these types need ONNX opset {wanted}, the graph is of opset {current}, and {what} what it means. Export it again "
-            "with a later opset, or stay with fp32."
+            f"these types need ONNX opset {wanted}, the graph is of opset {current}, and {changed[0].op_type} '{changed[0].name}' "
+            "changed what it means. Export it again with a later opset, or stay with fp32."
         )
+    for node in model.graph:
+        if current < AXES_AS_INPUT and node.op_type in REDUCTIONS and "axes" in node.attributes:
+            axes = np.asarray(node.attributes.pop("axes").as_ints(), np.int64)
+            node.resize_inputs(2)
+            node.replace_input_with(1, add_constant(model, f"{node.name}/axes", axes))
     model.opset_imports[""] = wanted
     model.ir_version = max(model.ir_version or 0, 10)
 

@@ -188,7 +188,7 @@ def noisy_layers(draw: st.DrawFn) -> list[Noise]:
 def test_the_choice_keeps_to_its_price_and_takes_the_best_first(found: list[Noise], cost: float) -> None:
     """Two budgets, work and bytes: what is left out is not noisy enough, or what was worthier left no room for it."""
     chosen = second_terms.choose(found, example("unet")[0], PRICES, cost=cost)
-    room = np.array([cost * WORK, second_terms.WEIGHTS * WEIGHTS + second_terms.BYTES])
+    room = np.array([cost * WORK, PRICES.weights * WEIGHTS + second_terms.BYTES])
     two_terms = {noise.layer: np.array([noise.split_work, noise.weights]) / room for noise in found}
     floats = {noise.layer: np.array([noise.float_work, 3 * noise.weights]) / room for noise in found}
     spent = {noise.layer: two_terms[noise.layer] for noise in chosen.split}

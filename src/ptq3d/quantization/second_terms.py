@@ -41,7 +41,6 @@ ENOUGH = 0.01**2  # noise of all layers that may remain: that of one whose outpu
 FLOAT_WORTH = (
     2.0  # floating point takes the noise of the weights away, too: it may cost this much more than a second term
 )
-WEIGHTS = 0.018  # of the network's INT8 weights that may be added in bytes, at most: files stay 3.8 times smaller
 BYTES = 100_000  # besides: a small network is small enough
 Floats = npt.NDArray[np.float32]
 
@@ -164,7 +163,7 @@ def choose(
         return Mended()
     whole_noise = sum(layer.noise for layer in found)
     least = NEEDED * whole_noise
-    works, whole = cost * work(model, prices), WEIGHTS * parameter_count(model) + BYTES
+    works, whole = cost * work(model, prices), prices.weights * parameter_count(model) + BYTES
     options = [(layer, _spent(layer, works, whole, prices.float_bytes)) for layer in found if layer.noise >= least]
     left, float_left = np.ones(2), prices.float_share * sum(layer.macs for layer in layers(model))
     remaining = whole_noise

@@ -10,7 +10,6 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from time import perf_counter
 from typing import Any, cast, get_args
 
 import numpy as np
@@ -27,6 +26,7 @@ from ptq3d.deployment import (
     warn_of_calibration_cases,
 )
 from ptq3d.engines.base import Engine, EngineOptions, LayerReport, Precision, int8_mac_share
+from ptq3d.engines.latency import latency_ms
 from ptq3d.errors import EngineError, OptionError
 from ptq3d.evaluation.comparison import Comparison, Row
 from ptq3d.evaluation.metrics import fidelity_per_class, mean_dice
@@ -263,9 +263,7 @@ def _time_windows(deployments: Sequence[Deployment], case: Case, options: Compar
         progress = stack.enter_context(bar("Time one window", quiet=options.quiet))
         for done in range(rounds):
             for engine, window, taken in zip(engines, windows, times, strict=True):
-                start = perf_counter()
-                engine(window)
-                taken.append((perf_counter() - start) * 1e3)
+                taken.append(latency_ms(engine, window))
             progress(done + 1, rounds)
         ran = [engine.layers() for engine in engines]
     return [_Timed(LatencySummary.of(taken[WARM_UP:]), layers) for taken, layers in zip(times, ran, strict=True)]

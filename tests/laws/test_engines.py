@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from networks import NETWORKS, WINDOW, windows, with_batch
-from ptq3d.engines import BACKENDS, load_backend, reference
+from ptq3d.engines import BACKENDS, latency, load_backend, reference
 from ptq3d.engines.base import Engine, EngineOptions, Precision, Windows, int8_mac_share
 from ptq3d.errors import EngineError, InputError, ManifestError, OptionError, ShapeError
 from ptq3d.graphs.files import load_graph, save_graph
@@ -387,6 +387,19 @@ def test_layers_report_the_same_macs_everywhere(bench: Bench) -> None:
     assert sum(layer.macs for layer in reported) == by_hand
     assert int8_mac_share(reported) == 0
     assert {layer.precision for layer in reported} == {bench.way.options.precision}
+
+
+def test_latency_is_that_of_one_call(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that ticks once a look on the host; by events, which a GPU's stream meets in order, on a GPU."""
+    with bench.open(bench.onnx("meshnet")) as engine:
+        engine(windows(1))
+        if engine.device.type != "cuda":
+            ticks = iter(range(9))
+            monkeypatch.setattr(latency, "perf_counter", lambda: next(ticks))
+            assert latency.latency_ms(engine, windows(2)) == 1000
+        else:
+            one, many = (min(latency.latency_ms(engine, windows(number)) for _ in range(5)) for number in (1, 40))
+            assert 0 < one < many
 
 
 def integer_layers(engine: Engine) -> list[str]:

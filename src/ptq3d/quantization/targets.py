@@ -113,7 +113,7 @@ TARGETS: Mapping[str, Target] = {
                 weights=0.018,
                 lanes=(4, 16),
                 most=0.2,
-            ),  # fmt: skip
+            ),
         ),
         Target(
             "tensorrt",
@@ -137,7 +137,7 @@ TARGETS: Mapping[str, Target] = {
                 weights=0.05,
                 lanes=(32, 32),
                 most=0.4,
-            ),  # fmt: skip
+            ),
             shuffles=True,
         ),
         Target(

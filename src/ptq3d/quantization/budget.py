@@ -15,7 +15,7 @@ from ptq3d.quantization.quantizer import Recipe
 from ptq3d.quantization.targets import get_target
 
 TERMS = (0.2, 0.3, 0.6)  # second terms cost time but keep layers in INT8, so more of them are tried first
-FEWER = (0.0, 0.02, 0.05, 0.2)  # second terms that are tried in place of more, the fewest first
+FEWER = (0.0, 0.02, 0.05)  # second terms that are tried in place of more, the fewest first
 AS_GOOD = 1.25  # they are enough where the labels disagree at most that many times as much
 FASTER = 0.98  # a layer leaves INT8 for speed if the engine then takes at most this much of its time
 

@@ -16,7 +16,6 @@ from ptq3d.quantization.targets import get_target
 
 TERMS = (0.2, 0.3, 0.6)  # second terms cost time but keep layers in INT8, so more of them are tried first
 FEWER = (0.0, 0.02, 0.05)  # second terms that are tried in place of more, the fewest first
-AS_GOOD = 1.25  # they are enough where the labels disagree at most that many times as much
 FASTER = 0.98  # a layer leaves INT8 for speed if the engine then takes at most this much of its time
 
 
@@ -114,11 +113,12 @@ def fewest_terms(start: Recipe, disagreement: Callable[[Recipe], float]) -> Fewe
         start: with the most second terms that may be spent.
         disagreement: 1 - fidelity of a recipe, NaN where the windows say nothing: then `start` stays.
     """
-    tried = {start.second_terms: disagreement(start)}
+    prices, tried = get_target(start.target).mending, {start.second_terms: disagreement(start)}
+    as_good = 1.0 if prices is None else prices.as_good
     for terms in (terms for terms in FEWER if terms < start.second_terms):
         recipe = replace(start, second_terms=terms)
         tried[terms] = disagreement(recipe)
-        if tried[terms] <= AS_GOOD * tried[start.second_terms]:
+        if tried[terms] <= as_good * tried[start.second_terms]:
             return FewestTerms(recipe, tried)
     return FewestTerms(start, tried)
 

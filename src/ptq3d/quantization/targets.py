@@ -32,6 +32,7 @@ class Prices:
         weights: the share of the network's INT8 weights that may be added in bytes.
         lanes: (input, output) channels that INT8 takes at once; fewer take as long.
         most: the share of the network's work that may be spent where the user says nothing.
+        as_good: less is enough where the labels disagree at most that many times as much; the cheaper mending, the closer to 1.
     """
 
     value: float
@@ -43,6 +44,7 @@ class Prices:
     weights: float
     lanes: tuple[int, int]
     most: float
+    as_good: float
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ TARGETS: Mapping[str, Target] = {
                 weights=0.018,
                 lanes=(4, 16),
                 most=0.2,
+                as_good=1.25,
             ),
         ),
         Target(
@@ -137,6 +140,7 @@ TARGETS: Mapping[str, Target] = {
                 weights=0.05,
                 lanes=(32, 32),
                 most=0.4,
+                as_good=1.1,
             ),
             shuffles=True,
         ),

@@ -140,7 +140,7 @@ TARGETS: Mapping[str, Target] = {
                 weights=0.05,
                 lanes=(32, 32),
                 most=0.4,
-                as_good=1.1,
+                as_good=1.05,
             ),
             shuffles=True,
         ),

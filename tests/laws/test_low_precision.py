@@ -450,3 +450,14 @@ def test_the_default_recipe_for_tensorrt_is_tried_whatever_its_rest(kind: Kind, 
     assert manifest is not None
     assert len(manifest.quantization["second_terms_tried"]) > 1
     assert low_type(load_graph(low)) == LOW[kind]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_pytorch_computes_in_its_own_type_whatever_the_file_casts_to(network: str, kind: Kind, tmp_path: Path) -> None:
+    low, full = tmp_path / "low.onnx", tmp_path / "full.onnx"
+    model = quantized(network, "tensorrt", kind).model.clone()
+    save_graph(model, low)
+    full_precision(model)
+    save_graph(model, full)
+    np.testing.assert_array_equal(run("torch", low, X), run("torch", full, X))

@@ -155,3 +155,8 @@ def test_folders_of_engines_are_apart_and_within_the_output(models: list[str]) -
     names = folder_names(models)
     assert len(set(names)) == len(models)
     assert all(name and name.strip(".") and "/" not in name for name in names)
+
+
+def test_providers_that_no_engine_would_use_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments(folder, "--providers", "cuda")) == 2
+    assert "--providers cuda are ONNX Runtime's" in capsys.readouterr().err

@@ -55,11 +55,13 @@ def compare(options: CompareOptions) -> Comparison:
     """Measure engines or ONNX files side by side, FP32 first.
 
     Raises:
-        OptionError: no model, one named twice, models of different classes, or scores asked for without labels.
+        OptionError: no model, one named twice, models of different classes, providers that no model uses, or scores asked for
+            without labels.
         InputError: of the tree in `ptq3d.errors`, before the first measurement.
     """
     _require_meaning(options)
     deployments = [_deployment(text, options) for text in _distinct(options.models)]
+    _require_providers_used(options, deployments)
     manifest = deployments[0].manifest
     _require_same_classes(options.models, deployments)
     found = find_data(options.data, options.labels, split=options.split, usual=("test", "val"), series=options.series)
@@ -226,6 +228,14 @@ def _deployment(text: str, options: CompareOptions) -> Deployment:
     if found.manifest.engine["name"] != "onnxruntime":
         return found
     return replace(found, options=replace(found.options, providers=options.providers))
+
+
+def _require_providers_used(options: CompareOptions, deployments: Sequence[Deployment]) -> None:
+    if options.providers and not any(one.options.providers for one in deployments):
+        raise OptionError(
+            f"--providers {' '.join(options.providers)} are ONNX Runtime's, and none of the models runs on it. "
+            "Write PATH@onnxruntime, or leave them out."
+        )
 
 
 def _require_same_classes(models: Sequence[str], deployments: Sequence[Deployment]) -> None:

@@ -15,6 +15,7 @@ from ptq3d.engines import BACKENDS, get_backend
 from ptq3d.engines.base import Engine, EngineOptions
 from ptq3d.evaluation.metrics import fidelity
 from ptq3d.graphs.files import save_graph
+from ptq3d.graphs.low_precision import full_precision
 from ptq3d.progress import Progress, silent
 from ptq3d.quantization.budget import FEWER, FewestTerms, fewest_terms
 from ptq3d.quantization.observation import Observations
@@ -36,7 +37,7 @@ class Engines:
         model: the simplified FP32 graph; it is left as it is.
         seen: what calibration saw of it.
         target: the runtime the graphs are written for; its own engine runs them where ptq3d has one that is there and needs no
-            minutes to be built, else ONNX Runtime's.
+            minutes to be built, else ONNX Runtime's. That has no BF16 on the CPU: a BF16 rest then runs in FP32.
         scratch: a folder for engines.
     """
 
@@ -56,13 +57,20 @@ class Engines:
     @contextmanager
     def of(self, recipe: Recipe | None) -> Iterator[Engine]:
         """The engine of a recipe, or of the FP32 graph."""
-        model = self.model.clone() if recipe is None else self.made(recipe).model
+        model = self.model.clone() if recipe is None else self._runnable(recipe)
         with tempfile.TemporaryDirectory(dir=self._scratch) as name:
             folder = Path(name)
             save_graph(model, folder / "network.onnx")
             self._backend.build(folder / "network.onnx", folder / "engine")
             with self._backend.open(folder / "engine", EngineOptions()) as engine:
                 yield engine
+
+    def _runnable(self, recipe: Recipe) -> ir.Model:
+        model = self.made(recipe).model
+        if self.name == "onnxruntime" and recipe.high_precision_dtype == "bf16":
+            model = model.clone()
+            full_precision(model)
+        return model
 
     def labels(self, recipe: Recipe | None, windows: Sequence[Window]) -> Labels:
         """(n, X, Y, Z) classes of n windows (1, C, X, Y, Z), by the engine of a recipe or of the FP32 graph."""

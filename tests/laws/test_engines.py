@@ -21,7 +21,7 @@ import torch
 
 from networks import NETWORKS, WINDOW, windows, with_batch
 from ptq3d.engines import BACKENDS, latency, load_backend, reference
-from ptq3d.engines.base import Engine, EngineOptions, Precision, Windows, int8_mac_share
+from ptq3d.engines.base import BuildSettings, Engine, EngineOptions, Precision, Windows, int8_mac_share
 from ptq3d.errors import EngineError, InputError, ManifestError, OptionError, ShapeError
 from ptq3d.graphs.files import load_graph, save_graph
 from ptq3d.graphs.passes import simplify
@@ -502,3 +502,11 @@ def openvino_offers() -> list[str]:
     import openvino
 
     return list(openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+
+
+@pytest.mark.parametrize("name", sorted(set(BACKENDS) - {"tensorrt"}))
+def test_an_engine_that_is_not_compiled_refuses_a_batch_by_its_own_name(name: str) -> None:
+    backend = load_backend(name)
+    assert backend.compiled_for(BuildSettings()) == ""
+    with pytest.raises(OptionError, match=f"; {name} has neither"):
+        backend.compiled_for(BuildSettings(batch=4))

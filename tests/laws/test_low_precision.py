@@ -436,3 +436,28 @@ def test_the_command_line_writes_retargets_and_inspects_them(
     assert main([*full, "--high-precision-dtype", "fp16"]) == 0
     exact, rounded = (run("reference", tmp_path / name, X) for name in ("full.onnx", "x.onnx"))
     assert 0 < error(rounded, exact) < 0.01
+
+
+@pytest.mark.skipif(load_backend("onnxruntime").unavailable() is not None, reason="no ONNX Runtime here")
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_default_recipe_for_tensorrt_is_tried_whatever_its_rest(kind: Kind, tmp_path: Path) -> None:
+    """Recipes are tried in ONNX Runtime, which has no BF16 on the CPU."""
+    onnx_file, data, low = NETWORKS["unet"](tmp_path / "n.onnx"), tmp_path / "c.npy", tmp_path / "low.onnx"
+    np.save(data, windows(4))
+    given = ["quantize", "--onnx", str(onnx_file), "--calibration", str(data), "--target", "tensorrt", "--quiet"]
+    assert main([*given, "--output", str(low), "--high-precision-dtype", kind]) == 0
+    manifest = embedded(load_graph(low), where=low)
+    assert manifest is not None
+    assert len(manifest.quantization["second_terms_tried"]) > 1
+    assert low_type(load_graph(low)) == LOW[kind]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_pytorch_computes_in_its_own_type_whatever_the_file_casts_to(network: str, kind: Kind, tmp_path: Path) -> None:
+    low, full = tmp_path / "low.onnx", tmp_path / "full.onnx"
+    model = quantized(network, "tensorrt", kind).model.clone()
+    save_graph(model, low)
+    full_precision(model)
+    save_graph(model, full)
+    np.testing.assert_array_equal(run("torch", low, X), run("torch", full, X))

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from onnx import numpy_helper
 
-from networks import Builder, windows
+from networks import NETWORKS, Builder, windows
 from ptq3d.engines import load_backend
 from ptq3d.engines.base import EngineOptions, int8_mac_share
 from ptq3d.engines.openvino_model import sum_apart
@@ -63,3 +64,13 @@ def test_channels_are_gathered_in_their_order(tmp_path: Path) -> None:
     path = b.save(tmp_path / "n.onnx", "logits", 3)
     wanted = run("reference", path, windows(2))
     np.testing.assert_allclose(run("openvino", path, windows(2)), wanted, atol=2e-5 * np.abs(wanted).max(), rtol=0)
+
+
+def test_a_free_batch_is_one(tmp_path: Path) -> None:
+    path = NETWORKS["meshnet"](tmp_path / "net.onnx")
+    wanted = run("openvino", path, windows(2))
+    model = onnx.load(path)
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_param = "N"
+    onnx.save(model, path)
+    assert np.array_equal(run("openvino", path, windows(2)), wanted)

@@ -97,6 +97,11 @@ def test_a_provider_that_is_not_here_is_refused_with_the_line_that_brings_it() -
         assert f"'{name}'" in str(refused.value)
 
 
+def test_only_providers_that_can_be_named_are_offered() -> None:
+    with pytest.raises(UnavailableError, match="'cuda', only cpu"):
+        providers.chosen(EngineOptions(providers=("cuda",)), ["AzureExecutionProvider", "CPUExecutionProvider"])
+
+
 # ----------------------------------------------------------------------------------------------------- where the nodes run
 
 

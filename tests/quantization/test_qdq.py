@@ -17,7 +17,7 @@ from ptq3d.graphs.layers import layers, weight_value
 from ptq3d.graphs.passes import simplify
 from ptq3d.quantization import planning, qdq
 from ptq3d.quantization.targets import ACTIVATIONS, TARGETS
-from quantizing import graph, observed, planned
+from quantizing import graph, observed, planned, run
 
 
 def write(path: Path, target: str = "openvino", keep: tuple[str, ...] = ()) -> tuple[planning.Plan, onnx.ModelProto]:
@@ -170,3 +170,24 @@ def test_products_of_activations_read_no_zero_points(tmp_path: Path) -> None:
     }
     assert all(int(scale.zero_point) == 0 for scale in scales.values())
     assert sorted(scale.dtype for scale in scales.values()) == ["int8", "int8", "int8", "uint8"]  # q, k, v; softmax
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_only_files_for_tensorrt_are_given_kernel_shapes(target: str, tmp_path: Path) -> None:
+    """Files for other runtimes keep the bytes they have always had."""
+    _, written = write(NETWORKS["meshnet"](tmp_path / "net.onnx"), target)
+    named = [{one.name for one in node.attribute} for node in written.graph.node if node.op_type == "Conv"]
+    assert {"kernel_shape" in names for names in named} == {target == "tensorrt"}
+
+
+@pytest.mark.parametrize("opset", [20, 21, 22])
+def test_onnx_runtime_loads_files_for_tensorrt_of_any_opset(opset: int, tmp_path: Path) -> None:
+    """A ConvTranspose written as a convolution and a shuffle is what it moves Q/DQ around."""
+    pytest.importorskip("onnxruntime")
+    path = NETWORKS["unet"](tmp_path / "n.onnx")
+    model = onnx.load(path)
+    model.opset_import[0].version = opset
+    onnx.save(model, path)
+    write(path, "tensorrt")
+    found, wanted = (run(engine, tmp_path / "q.onnx", windows(2)) for engine in ("onnxruntime", "reference"))
+    assert (found.argmax(1) == wanted.argmax(1)).mean() > 0.98

@@ -16,12 +16,16 @@ import torch
 from torch import Tensor
 
 from ptq3d.engines import torch as eager
-from ptq3d.engines.base import EngineOptions, Precision
+from ptq3d.engines.base import BuildSettings, EngineOptions, Precision, runs_anywhere
 from ptq3d.errors import EngineError, UnavailableError, clipped
 
 version = eager.version
-compiled_for = eager.compiled_for
 build = eager.build
+
+
+def compiled_for(settings: BuildSettings) -> str:
+    """Nothing: its artefacts run wherever it does."""
+    return runs_anywhere("inductor", settings)
 
 
 def unavailable() -> str | None:

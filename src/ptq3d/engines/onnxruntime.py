@@ -39,6 +39,7 @@ from ptq3d.head import Classifier, Head, classifier, load_head
 from ptq3d.progress import Progress, silent
 
 ARTEFACT = "model.onnx"
+TYPED = 21  # the first opset whose QuantizeLinear has output_dtype
 CARRIERS = frozenset({"Transpose", "QuantizeLinear", "DequantizeLinear", "Relu"})
 
 
@@ -139,14 +140,21 @@ class Ran:
 def _disabled(path: Path, model: ir.Model, options: EngineOptions) -> list[str]:
     """The optimizers of ONNX Runtime that must not touch a file.
 
-    Where steps are FP16 it quantizes biases with their product, which FP16 does not hold: answers off by a third (1.32).
+    Where steps are FP16 it quantizes biases with their product, which FP16 does not hold: answers off by a third (1.32). From
+    opset 21 on it gives a QuantizeLinear that it moves an output_dtype, which it contradicts when it makes uint8 of int8: it then
+    cannot load its own graph (1.32).
     """
     low = low_type(model)
     if low == ir.DataType.BFLOAT16 and (not options.providers or "cpu" in options.providers):
         raise UnavailableError(
             f"{path}: ONNX Runtime has no BF16 kernels on the CPU. Use --engine openvino, torch or reference."
         )
-    return [] if low is None else ["WeightBiasQuantization"]
+    moved = model.opset_imports[""] >= TYPED and any(_makes_int8(node) for node in model.graph)
+    return [*([] if low is None else ["WeightBiasQuantization"]), *(["QDQPropagationTransformer"] if moved else [])]
+
+
+def _makes_int8(node: ir.Node) -> bool:
+    return node.op_type == "QuantizeLinear" and node.outputs[0].dtype == ir.DataType.INT8
 
 
 def _executed_operators(optimized: Path) -> dict[str, str]:

@@ -34,6 +34,7 @@ from ptq3d.engines.openvino_model import (
     channels_last,
     halve_constants,
     inputs_as_constants,
+    one_at_a_time,
     readable,
     sum_apart,
     tables_as_inputs,
@@ -129,7 +130,7 @@ def open(folder: Path, options: EngineOptions) -> OpenVinoEngine:
     device = "CPU" if options.device == "auto" else options.device.upper()
     settings = _device_settings(core, device, options)
     with _engine_errors(f"OpenVINO cannot load {folder / ARTEFACT}"):
-        model = channels_last(sum_apart(core.read_model(folder / ARTEFACT)))
+        model = channels_last(sum_apart(one_at_a_time(core.read_model(folder / ARTEFACT))))
         return OpenVinoEngine(model, core.compile_model(model, device, settings), load_head(folder), options)
 
 

@@ -61,6 +61,14 @@ def halve_constants(model: Any) -> None:
                 reader.replace_source_output(full.output(0))
 
 
+def one_at_a_time(model: Any) -> Any:
+    """The model with a free batch made one, in place: without a size it cannot be laid out."""
+    shape = model.input(0).get_partial_shape()
+    if shape.is_dynamic:
+        model.reshape([size.get_length() if size.is_static else 1 for size in shape])
+    return model
+
+
 def channels_last(model: Any) -> Any:
     """The model with channels as the last axis of its output, as OpenVINO's own kernels have them.
 

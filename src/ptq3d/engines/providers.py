@@ -117,7 +117,7 @@ def chosen(options: EngineOptions, available: Sequence[str], *, quantized: bool 
     for name in names:
         if PROVIDERS[name].name not in available:
             raise UnavailableError(
-                f"this ONNX Runtime has no provider '{name}', only {', '.join(_short(available))}. "
+                f"this ONNX Runtime has no provider '{name}', only {', '.join(name for name in _short(available) if name in PROVIDERS)}. "
                 f"In place of the package onnxruntime: {PROVIDERS[name].install}"
             )
     first = PROVIDERS[names[0]]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ptq3d import int8
 from ptq3d.engines import torch as eager
-from ptq3d.engines.base import EngineOptions, LayerReport, head_layer
+from ptq3d.engines.base import BuildSettings, EngineOptions, LayerReport, head_layer, runs_anywhere
 from ptq3d.engines.operators import OPERATORS
 from ptq3d.errors import EngineError, OptionError, UnavailableError
 from ptq3d.graphs.layers import WEIGHT_AXIS, layers
@@ -32,8 +32,12 @@ WEIGHTED = frozenset({"Conv", "ConvTranspose", "MatMul", "Gemm"})
 
 unavailable = eager.unavailable
 version = eager.version
-compiled_for = eager.compiled_for
 build = eager.build
+
+
+def compiled_for(settings: BuildSettings) -> str:
+    """Nothing: its artefacts run wherever it does."""
+    return runs_anywhere("reference", settings)
 
 
 @dataclass(frozen=True, eq=False)

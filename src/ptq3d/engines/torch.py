@@ -41,6 +41,7 @@ from ptq3d.progress import Progress, silent
 ARTEFACT = "model.onnx"
 TYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ARITHMETIC = threading.RLock()  # PyTorch's switches are of the whole process
+FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 LIMITS = {torch.int8: (-128, 127), torch.uint8: (0, 255)}
 
 
@@ -177,7 +178,7 @@ class TorchEngine:
         if value.const_value is None:
             raise GraphError(f"the weight '{value.name}' has no value.")
         array = value.const_value.numpy()
-        if value.const_value.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16):  # the engine's own type counts
+        if value.const_value.dtype in FLOATS:  # the engine's own type counts
             array = array.astype(np.float32)
         tensor = torch.from_numpy(array.copy()).to(self._device)
         return tensor.to(self._dtype) if tensor.is_floating_point() and tensor.ndim > 1 else tensor
@@ -259,6 +260,8 @@ class TorchEngine:
             return quantize(attributes, *inputs)
         if node.op_type == "DequantizeLinear":
             return dequantize(attributes, *inputs).to(self._dtype)
+        if node.op_type == "Cast" and node.outputs[0].dtype in FLOATS:  # the engine's own type counts
+            return inputs[0].to(self._dtype)
         return OPERATORS[node.op_type](attributes, *(self._as_type(value) for value in inputs))
 
     def _as_type(self, value: Any) -> Any:

@@ -50,7 +50,8 @@ def write(model: ir.Model, plan: Plan) -> ir.Model:
     infer_shapes(model)
     if plan.target in TARGETS and TARGETS[plan.target].shuffles:
         shuffle_pixels(model)
-    write_kernel_shapes(model)
+    if plan.target == "tensorrt":
+        write_kernel_shapes(model)
     return model
 
 

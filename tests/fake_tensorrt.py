@@ -31,7 +31,7 @@ class Machine:
 
     Args:
         faults: of "parser", "no kernel", "build memory", "no profile", "deserialize", "context memory", "input memory", "capture",
-            "execute", "timings", "address".
+            "execute", "timings", "address", "driver", "refused capture", "running".
         calls: what was called and freed, in order.
     """
 
@@ -90,6 +90,10 @@ def cuda(machine: Machine) -> dict[str, object]:
 
         def replay(self) -> None:
             machine.calls.append("replay")
+            if "running" in machine.faults:
+                raise RuntimeError(
+                    "CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be late"
+                )
             for one in self.work:
                 one()
 
@@ -97,8 +101,9 @@ def cuda(machine: Machine) -> dict[str, object]:
             machine.calls.append("free graph")
 
     @contextmanager
-    def graph(one: Graph, stream: object = None) -> Iterator[None]:
+    def graph(one: Graph, stream: object = None, capture_error_mode: str = "global") -> Iterator[None]:
         machine.capturing = one.work
+        assert capture_error_mode == "thread_local"
         try:
             yield
             if "capture" in machine.faults:
@@ -119,7 +124,7 @@ def cuda(machine: Machine) -> dict[str, object]:
         "CUDAGraph": Graph,
         "graph": graph,
         "synchronize": lambda _=None: None,
-        "empty_cache": lambda: None,
+        "empty_cache": lambda: machine.calls.append("empty cache"),
         "mem_get_info": lambda _=None: (2_000_000_000, 80_000_000_000),
     }
 
@@ -169,6 +174,10 @@ def binding(machine: Machine) -> types.ModuleType:
         LAYER_NAMES_ONLY = 0
         DETAILED = 2
 
+    class TensorFormat(enum.IntEnum):
+        LINEAR = 0
+        CDHW32 = 6
+
     class LayerInformationFormat(enum.IntEnum):
         JSON = 1
 
@@ -185,10 +194,22 @@ def binding(machine: Machine) -> types.ModuleType:
     class IHostMemory(bytes):
         pass
 
+    class ITensor:
+        allowed_formats = (1 << TensorFormat.LINEAR) | (1 << TensorFormat.CDHW32)
+
     class INetworkDefinition(Counted):
+        num_inputs = num_outputs = 1
+
         def __init__(self, flags: int, builder: Builder) -> None:
             calls.append(f"network {flags}")
             self.model, self.alive = b"", builder  # as the real ones keep what they were made by
+            self.ports = ITensor(), ITensor()
+
+        def get_input(self, index: int) -> ITensor:
+            return self.ports[index]
+
+        def get_output(self, index: int) -> ITensor:
+            return self.ports[1 + index]
 
     class ParserError:
         def __init__(self, name: str, operator: str, text: str) -> None:
@@ -270,6 +291,7 @@ def binding(machine: Machine) -> types.ModuleType:
     class Builder(Counted):
         def __init__(self, logger: ILogger) -> None:
             self.logger_ = logger
+            _require_driver(logger)
 
         def create_network(self, flags: int = 0) -> INetworkDefinition:
             return INetworkDefinition(flags, self)
@@ -299,10 +321,19 @@ def binding(machine: Machine) -> types.ModuleType:
                     {
                         "model": network.model.hex(),
                         "version": machine.version,
+                        "formats": [
+                            max(TensorFormat, key=lambda one: one * (port.allowed_formats >> one & 1))
+                            for port in network.ports
+                        ],
                         "detailed": config.profiling_verbosity == ProfilingVerbosity.DETAILED,
                     }
                 ).encode()
             )
+
+    def _require_driver(logger: ILogger) -> None:
+        if "driver" in faults:
+            logger.log(ILogger.Severity.ERROR, "CUDA initialization failure with error: 35.")
+            raise TypeError("pybind11::init(): factory function returned nullptr")  # as the real bindings do
 
     def _progress(monitor: IProgressMonitor | None) -> bool:
         if monitor is None:
@@ -339,6 +370,8 @@ def binding(machine: Machine) -> types.ModuleType:
         def execute_async_v3(self, stream_handle: int) -> bool:
             assert stream_handle == 77, "the default stream"
             calls.append("capture" if machine.capturing is not None else "execute")
+            if machine.capturing is not None and "refused capture" in faults:
+                return False
             if machine.capturing is not None:
                 machine.capturing.append(self._compute)
                 return True
@@ -369,6 +402,7 @@ def binding(machine: Machine) -> types.ModuleType:
         def __init__(self, written: dict, runtime: Runtime) -> None:
             self.alive = runtime
             self.model, self.detailed = bytes.fromhex(written["model"]), written["detailed"]
+            self.formats = written["formats"]
             options = onnxruntime.SessionOptions()
             options.log_severity_level = 3
             self.session = onnxruntime.InferenceSession(self.model, options, providers=["CPUExecutionProvider"])
@@ -392,6 +426,9 @@ def binding(machine: Machine) -> types.ModuleType:
             port = next(one for one in self.ports if one.name == name)
             return Dims([size if isinstance(size, int) else -1 for size in port.shape])
 
+        def get_tensor_format(self, name: str) -> TensorFormat:
+            return TensorFormat(self.formats[[one.name for one in self.ports].index(name)])
+
         def get_tensor_dtype(self, name: str) -> DataType:
             port = next(one for one in self.ports if one.name == name)
             kind = {"float": "float32"}.get(port.type[7:-1], port.type[7:-1])
@@ -406,6 +443,7 @@ def binding(machine: Machine) -> types.ModuleType:
     class Runtime(Counted):
         def __init__(self, logger: ILogger) -> None:
             self.logger_ = logger
+            _require_driver(logger)
 
         def deserialize_cuda_engine(self, serialized_engine: bytes) -> ICudaEngine | None:
             if "deserialize" in faults:

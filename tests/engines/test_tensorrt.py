@@ -18,6 +18,7 @@ from fake_tensorrt import Machine
 from networks import NETWORKS, windows
 from ptq3d.engines import get_backend, tensorrt
 from ptq3d.engines.base import BuildSettings, EngineOptions, int8_mac_share
+from ptq3d.engines.tensorrt_layers import reports
 from ptq3d.errors import EngineError, OptionError, ShapeError, UnavailableError
 from ptq3d.graphs.files import load_graph, save_graph
 from ptq3d.graphs.layers import layers
@@ -99,7 +100,15 @@ def test_a_build_is_strongly_typed_without_tf32_and_everything_is_freed(
         folder = built(onnx, workspace_gb=0.5)
     gc.collect()
     begun = [call for call in machine.calls if not call.startswith("free")]
-    assert begun == ["network 2", "parse", "clear TF32", "WORKSPACE 500000000", "timings of 0 bytes", "build"]
+    assert begun == [
+        "empty cache",
+        "network 2",
+        "parse",
+        "clear TF32",
+        "WORKSPACE 500000000",
+        "timings of 0 bytes",
+        "build",
+    ]
     assert machine.freed() == PARTS
     assert {path.name for path in folder.iterdir()} == {"engine.plan", "tensorrt.json"}
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
@@ -126,6 +135,66 @@ def test_timings_are_kept_for_the_next_build(machine: Machine, onnx: Path, built
         "timings of 0 bytes",
     ]
     assert [path.suffix for path in (tmp_path / "cache/tensorrt").iterdir()] == [".timings"]
+
+
+def test_timings_that_cannot_be_kept_cost_no_engine(
+    machine: Machine, onnx: Path, built: Build, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "cache").write_text("a file where a folder is wanted")
+    assert (built(onnx) / "engine.plan").is_file()
+    assert "cannot be kept for the next build" in caplog.text
+
+
+def test_what_ran_is_read_between_bare_control_characters_and_tf32_is_told() -> None:
+    layer = '{"Name": "m", "LayerType": "conv", "Metadata": "[ONNX Layer: a]\x1e[ONNX Layer: b]", "Weights": {"Type": "Float"}, '
+    said = f'{{"Layers": [{layer} "TacticName": "sm80_xmma_fprop_implicit_gemm_tf32f32_tf32f32_f32"}}]}}'
+    assert [one.precision for one in reports(said, [("a", "Conv", 1), ("b", "Conv", 1)])] == ["tf32", "tf32"]
+
+
+def test_a_driver_that_is_too_old_is_named(machine: Machine, onnx: Path, built: Build, tmp_path: Path) -> None:
+    """Then the bindings raise a TypeError that says nothing, and TensorRT logs why."""
+    folder = built(onnx)
+    machine.faults.add("driver")
+    said = r"CUDA initialization failure with error: 35\. TensorRT 10\.16\.1\.11 may want a newer driver"
+    with pytest.raises(EngineError, match=f"cannot build unet.onnx: .*{said}"):
+        tensorrt.build(onnx, tmp_path / "other")
+    with pytest.raises(EngineError, match=f"cannot load it: .*{said}"):
+        tensorrt.open(folder, EngineOptions())
+
+
+def test_misused_bindings_are_our_fault(
+    machine: Machine, onnx: Path, built: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(__import__("tensorrt").Builder, "create_network", lambda builder: None)
+    with pytest.raises(TypeError):
+        built(onnx)
+
+
+def test_rules_are_those_of_the_version_that_is_here(
+    machine: Machine, onnx: Path, built: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list = []
+    monkeypatch.setattr(tensorrt, "violations", lambda model, version: seen.append(version) or ())
+    built(onnx)
+    assert seen == [(10, 16)]
+
+
+def test_an_engine_whose_tensors_are_blocked_is_refused(
+    machine: Machine, onnx: Path, built: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensorrt.open(built(onnx), EngineOptions()).close()
+    monkeypatch.setattr(tensorrt, "_lay_out_plainly", lambda network: None)
+    with pytest.raises(EngineError, match="'image' lies in memory as CDHW32, LINEAR is wanted"):
+        tensorrt.open(built(onnx), EngineOptions())
+
+
+def test_what_cuda_says_while_it_runs_is_an_error_of_the_engine(machine: Machine, onnx: Path, built: Build) -> None:
+    with tensorrt.open(built(onnx), EngineOptions()) as engine:
+        machine.faults.add("running")
+        with pytest.raises(
+            EngineError, match=r"while it ran the network: CUDA error: an illegal memory access was encountered$"
+        ):
+            engine(windows(1))
 
 
 def test_progress_goes_up_to_the_end(machine: Machine, onnx: Path, tmp_path: Path) -> None:
@@ -203,19 +272,20 @@ def test_an_engine_runs_once_is_captured_and_then_replayed(machine: Machine, onn
     machine.calls.clear()
     x = torch.from_numpy(windows(3))
     with tensorrt.open(folder, EngineOptions()) as engine:
-        assert machine.calls == ["execute", "synchronize", "capture"]
+        assert [call for call in machine.calls if call != "empty cache"] == ["execute", "synchronize", "capture"]
         machine.calls.clear()
         list(engine.stream(x))
         assert machine.calls == ["wait", "replay", "wait"] * 3  # our stream for the caller's, and the caller's for ours
 
 
+@pytest.mark.parametrize("fault", ["capture", "refused capture"])
 def test_a_network_that_cannot_be_captured_runs_without_and_says_so(
-    machine: Machine, onnx: Path, built: Build, caplog: pytest.LogCaptureFixture
+    fault: str, machine: Machine, onnx: Path, built: Build, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder, x = built(onnx), windows(2)
     with tensorrt.open(folder, EngineOptions()) as engine:
         wanted = engine(x)
-    machine.faults.add("capture")
+    machine.faults.add(fault)
     with tensorrt.open(folder, EngineOptions()) as engine:
         machine.calls.clear()
         np.testing.assert_array_equal(engine(x), wanted)

@@ -7,10 +7,11 @@ import logging
 import os
 import re
 import tempfile
+import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,7 @@ ARTEFACT, FACTS = "engine.plan", "tensorrt.json"
 OLDEST, BEYOND = (10, 3), (12, 0)
 MEND = "mend it with: pip install 'ptq3d[tensorrt]'"
 STEPS = 1000  # of the progress bar
+NOTHING = "factory function returned nullptr"  # what the bindings say in a TypeError where TensorRT gives no object
 log = logging.getLogger("ptq3d")
 
 
@@ -47,8 +49,7 @@ def unavailable() -> str | None:
         import tensorrt
     except (ImportError, OSError) as error:
         return f"{error}; {MEND}"
-    found = tuple(int(number) for number in re.findall(r"\d+", tensorrt.__version__)[:2])
-    if not OLDEST <= found < BEYOND:
+    if not OLDEST <= _major_and_minor(tensorrt.__version__) < BEYOND:
         return f"TensorRT {tensorrt.__version__} is not one of 10.3 to 11; {MEND}"
     if torch.version.cuda is None:
         return "this PyTorch was built without CUDA; install one that has it, as pytorch.org says"
@@ -62,6 +63,11 @@ def version() -> str:
     import tensorrt
 
     return str(tensorrt.__version__)
+
+
+def _major_and_minor(text: str) -> tuple[int, int]:
+    major, minor = re.findall(r"\d+", text)[:2]
+    return int(major), int(minor)
 
 
 def compiled_for(settings: BuildSettings) -> str:
@@ -98,7 +104,7 @@ def build(onnx: Path, folder: Path, settings: BuildSettings = PLAIN, progress: P
     model = _prepared(onnx, settings)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "network.onnx"
+        path = Path(scratch) / onnx.name  # messages name it
         save_graph(model, path)
         plan = _in_a_thread(path, model, settings, device, _monitor(progress))
     (folder / ARTEFACT).write_bytes(plan)
@@ -128,6 +134,7 @@ def open(folder: Path, options: EngineOptions) -> TensorRtEngine:
     if written["device"] != _name(device):
         log.warning("%s was built on %s; on %s other kernels may be faster.", folder, written["device"], _name(device))
     with torch.cuda.device(device), _heard("TensorRT cannot load it") as logger:
+        torch.cuda.empty_cache()  # TensorRT allocates beside PyTorch, which keeps what it freed
         runtime = trt.Runtime(logger)
         engine = runtime.deserialize_cuda_engine((folder / ARTEFACT).read_bytes())
         if engine is None:
@@ -182,10 +189,10 @@ def _prepared(onnx: Path, settings: BuildSettings) -> ir.Model:
     if settings.precision in ("fp16", "bf16"):
         low_precision(model, settings.precision)
     write_kernel_shapes(model)
-    found = violations(model)
+    found = violations(model, _major_and_minor(version()))
     if found:
         listed = "; ".join(f"{one.node}: {one.said}" for one in found)
-        raise EngineError(f"{onnx} breaks rules of TensorRT, which would refuse it or compute something else. {listed}")
+        raise EngineError(f"{onnx.name} breaks rules of TensorRT, which would refuse it or compute otherwise. {listed}")
     if settings.batch > 1:
         free_batch(model)
     return model
@@ -209,11 +216,13 @@ def _serialized(path: Path, model: ir.Model, settings: BuildSettings, device: to
     import tensorrt as trt
 
     with torch.cuda.device(device), _heard(f"TensorRT cannot build {path.name}") as logger:
+        torch.cuda.empty_cache()  # TensorRT allocates beside PyTorch, which keeps what it freed
         builder = trt.Builder(logger)
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(network, logger)
         if not parser.parse_from_file(str(path)):
             raise EngineError(f"its parser refuses the graph: {'; '.join(_refusals(parser))}.")
+        _lay_out_plainly(network)
         config = builder.create_builder_config()
         config.progress_monitor = monitor
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # so that layers say in which type they run
@@ -238,6 +247,16 @@ def _refusals(parser: trt.OnnxParser) -> Iterator[str]:
         error = parser.get_error(index)
         where = f"{error.node_operator()} '{error.node_name()}': " if error.node_name() else ""
         yield f"{where}{error.desc()}"
+
+
+def _lay_out_plainly(network: trt.INetworkDefinition) -> None:
+    """Input and output lie in memory as PyTorch's tensors do; by default TensorRT may choose any format (NvInfer.h, ITensor)."""
+    import tensorrt as trt
+
+    given = (network.get_input(index) for index in range(network.num_inputs))
+    made = (network.get_output(index) for index in range(network.num_outputs))
+    for tensor in (*given, *made):
+        tensor.allowed_formats = 1 << int(trt.TensorFormat.LINEAR)
 
 
 def _add_profile(builder: trt.Builder, config: trt.IBuilderConfig, model: ir.Model, batch: int) -> None:
@@ -274,13 +293,19 @@ def _load_timings(config: trt.IBuilderConfig, path: Path) -> None:
 
 
 def _save_timings(config: trt.IBuilderConfig, path: Path) -> None:
+    """Keep the timings; where they cannot be, the next build is slower, but this one is done."""
     timings = config.get_timing_cache()
     if timings is None:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    temporary.write_bytes(bytes(timings.serialize()))
-    os.replace(temporary, path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(bytes(timings.serialize()))
+        os.replace(temporary, path)
+    except OSError as error:
+        log.warning("TensorRT's timings of kernels cannot be kept for the next build in %s: %s", path, error)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 # ---------------------------------------------------------------- what TensorRT calls
@@ -316,11 +341,16 @@ def _heard(tried: str) -> Iterator[trt.ILogger]:
     except EngineError as error:
         reasons = list(dict.fromkeys(errors))
         raise EngineError(" ".join((f"{tried}: {error}", *reasons, *_advice(" ".join(reasons))))) from error
-    except RuntimeError as error:  # of PyTorch's CUDA, or of the bindings
-        raise EngineError(" ".join((f"{tried}: {error}.", *_advice(f"{error} {' '.join(errors)}")))) from error
+    except (RuntimeError, TypeError) as error:  # of PyTorch's CUDA, or of the bindings
+        if isinstance(error, TypeError) and NOTHING not in str(error):
+            raise
+        reasons = list(dict.fromkeys((*str(error).splitlines()[:1], *errors)))
+        raise EngineError(" ".join((f"{tried}:", *reasons, *_advice(" ".join(reasons))))) from error
 
 
 def _advice(reasons: str) -> Iterator[str]:
+    if re.search(r"CUDA initialization failure|driver version is insufficient", reasons):
+        yield f"TensorRT {version()} may want a newer driver than there is: update it, or install TensorRT for an older CUDA."
     if "memory" in reasons.lower():
         yield "It wants more memory than the GPU has free: take a smaller --batch or --workspace, or close what else uses it."
     missing = re.search(r"[Cc]ould not find any implementation for node (\S.*?)(?:\.|\s\[|$)", reasons)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ptq3d.engines.base import BuildSettings, EngineSpec, LayerReport, Precision, Windows, head_layer, require_windows
 from ptq3d.engines.tensorrt_layers import reports
-from ptq3d.errors import EngineError
+from ptq3d.errors import EngineError, line_of
 from ptq3d.graphs.files import static_input_shape
 from ptq3d.graphs.layers import Layer, shape_of
 from ptq3d.head import Classifier, Head, classifier
@@ -150,18 +150,20 @@ class TensorRtEngine:
     def _answers(self, piece: Sequence[Tensor]) -> Tensor:
         """(n, F, X, Y, Z) of n windows, in the engine's own memory."""
         self._require_open()
-        lane = self._lane(self._facts.batch if self._facts.fixed else len(piece))
-        current = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            for place, window in zip(
-                lane.windows, piece, strict=False
-            ):  # what is left of a fixed batch computes anything
-                place.copy_(window, non_blocking=True)
-            self._run(lane)
-        current.wait_stream(self._stream)
-        answers = lane.answers[: len(piece)]
-        return answers if answers.dtype == torch.int8 else answers.float()
+        try:
+            lane = self._lane(self._facts.batch if self._facts.fixed else len(piece))
+            current = torch.cuda.current_stream(self._device)
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream):
+                # what is left of a fixed batch computes anything
+                for place, window in zip(lane.windows, piece, strict=False):
+                    place.copy_(window, non_blocking=True)
+                self._run(lane)
+            current.wait_stream(self._stream)
+            answers = lane.answers[: len(piece)]
+            return answers if answers.dtype == torch.int8 else answers.float()
+        except RuntimeError as error:  # CUDA's
+            raise EngineError(f"the GPU failed while it ran the network: {line_of(error)}") from error
 
     def _run(self, lane: _Lane) -> None:
         if lane.graph is not None:
@@ -210,7 +212,7 @@ class TensorRtEngine:
         context = engine.create_execution_context()
         if context is None:
             raise self._out_of_memory()
-        windows = torch.zeros((number, *self._facts.shape), device=self._device)
+        windows = torch.zeros((number, *self._facts.shape), dtype=_type_of(engine, given), device=self._device)
         if -1 in _sizes(engine.get_tensor_shape(given)) and not context.set_input_shape(given, tuple(windows.shape)):
             raise EngineError(f"the engine does not take {number} windows at a time.")
         shape = _sizes(context.get_tensor_shape(made))
@@ -225,16 +227,17 @@ class TensorRtEngine:
     def _warm(self, lane: _Lane) -> None:
         """Run once, which an engine must before it is captured; then capture it."""
         torch.cuda.synchronize(self._device)
-        with torch.cuda.stream(self._stream):
-            self._run(lane)
-        self._stream.synchronize()
         graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, stream=self._stream):
-                self._run(lane)
-        except RuntimeError as error:
-            log.warning("TensorRT runs this network without a CUDA graph, which costs time: %s", error)
-            return
+        with torch.cuda.stream(self._stream):  # around the capture, too: one that fails leaves its stream current
+            self._run(lane)
+            self._stream.synchronize()
+            try:
+                # other threads may allocate meanwhile
+                with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                    self._run(lane)
+            except (RuntimeError, EngineError) as error:
+                log.warning("TensorRT runs this network without a CUDA graph, which costs time: %s", line_of(error))
+                return
         lane.graph = graph
 
     def _out_of_memory(self) -> EngineError:
@@ -274,6 +277,10 @@ def _input_and_output(engine: trt.ICudaEngine) -> tuple[str, str]:
     made = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.OUTPUT]
     if len(given) != 1 or len(made) != 1:
         raise EngineError(f"an engine of one input and one output is wanted, this one has {given} and {made}.")
+    for name in (given[0], made[0]):
+        layout = engine.get_tensor_format(name)
+        if layout != trt.TensorFormat.LINEAR:
+            raise EngineError(f"the engine's tensor '{name}' lies in memory as {layout.name}, LINEAR is wanted.")
     return given[0], made[0]
 
 

@@ -27,15 +27,16 @@ TACTICS = (
     (re.compile(r"i8i8|int8|imma|_i8|s8s8|_s8"), "int8"),
     (re.compile(r"bf16"), "bf16"),
     (re.compile(r"f16f16|fp16|hmma|h884|h1688|h16816|hgmma"), "fp16"),
-    (re.compile(r"tf32|f32f32|fp32|sgemm|scudnn|ffma"), "fp32"),
+    (re.compile(r"tf32"), "tf32"),
+    (re.compile(r"f32f32|fp32|sgemm|scudnn|ffma"), "fp32"),
 )
 
 
 def reports(text: str, layers: Iterable[tuple[str, str, int]]) -> tuple[LayerReport, ...]:
     """What ran for each multiplying layer of the graph.
 
-    Precision is that of the layer's weights, else what the kernel's name says, else the type of what it reads; "unknown" where
-    nothing tells, or no layer of the engine names it.
+    Precision is that of the layer's weights, TF32 where the kernel of FP32 ones says so, else what the kernel's name says, else the
+    type of what it reads; "unknown" where nothing tells, or no layer of the engine names it.
 
     Args:
         text: JSON of `get_engine_information`, of an engine built with detailed profiling.
@@ -45,7 +46,7 @@ def reports(text: str, layers: Iterable[tuple[str, str, int]]) -> tuple[LayerRep
         EngineError: no JSON of layers.
     """
     try:
-        content = json.loads(text)
+        content = json.loads(text, strict=False)  # names in "Metadata" are parted by control characters, perhaps bare
         listed = content["Layers"] if isinstance(content, dict) else None
     except (json.JSONDecodeError, KeyError):
         listed = None
@@ -83,9 +84,9 @@ def precision(layer: Found) -> str:
     """The precision in which one layer of the inspector's report multiplies."""
     weights: Found = next((layer[key] for key in ("Weights", "ConvWeights") if isinstance(layer.get(key), dict)), {})
     said = _type(str(weights.get("Type", "")))
-    if said is not None:
-        return said
     tactic = str(layer.get("TacticName", "")).lower()
+    if said is not None:
+        return "tf32" if said == "fp32" and "tf32" in tactic else said
     for pattern, name in TACTICS:
         if pattern.search(tactic):
             return name

@@ -14,6 +14,10 @@ from ptq3d.graphs.layers import shape_of
 from ptq3d.graphs.passes import infer_shapes
 
 BATCH = "batch"
+# operators that mix what lies along axes they are told; those that take the last one where they are told none
+REDUCED = ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "Sum", "SumSquare")
+ALONG = ("ArgMax", "ArgMin", "CumSum", "MeanVarianceNormalization", *(f"Reduce{kind}" for kind in REDUCED))
+ALONG_LAST = ("Hardmax", "LayerNormalization", "LogSoftmax", "LpNormalization", "RMSNormalization", "Softmax", "TopK")
 
 
 def free_batch(model: ir.Model) -> None:
@@ -61,6 +65,7 @@ def _follow(model: ir.Model, node: ir.Node, made: set[str | None]) -> None:
             raise _fixed(node, "has no constant shape")
         size = np.concatenate([[0], target[1:]]).astype(np.int64)
         node.replace_input_with(1, add_constant(model, f"{node.name}/any_batch", size))
+        node.attributes.pop("allowzero", None)  # with which a 0 would be a size
     if node.op_type == "Resize" and _constant(node, 3) is not None:
         _scale_instead(model, node)
 
@@ -104,6 +109,14 @@ def _away(node: ir.Node, made: set[str | None]) -> bool:
     return bool(axes) and all(axis % rank for axis in axes)
 
 
+def _told_away(node: ir.Node, made: set[str | None]) -> bool:
+    return "axis" in node.attributes and _away(node, made)
+
+
+def _last_or_away(node: ir.Node, made: set[str | None]) -> bool:
+    return "axis" not in node.attributes or _away(node, made)
+
+
 def _unsqueezed(node: ir.Node, made: set[str | None]) -> bool:
     axes, rank = _constant(node, 1), len(shape_of(node.outputs[0]))
     return axes is not None and all(int(axis) % rank for axis in axes)
@@ -140,14 +153,15 @@ KEEPS: Mapping[str, Callable[[ir.Node, set[str | None]], bool]] = {
     "Concat": _all_made,
     "Expand": _never,
     "Flatten": lambda node, _: "axis" not in node.attributes or node.attributes["axis"].as_int() == 1,
-    "Gather": lambda node, made: "axis" in node.attributes and _away(node, made),
+    "Gather": _told_away,
     "Gemm": lambda node, _: "transA" not in node.attributes or node.attributes["transA"].as_int() == 0,
     "MatMul": _factor,
     "Pad": _unpadded,
-    "ReduceMean": _away,
     "Slice": _away,
-    "Softmax": lambda node, made: "axis" not in node.attributes or _away(node, made),
+    "Split": _told_away,
     "Squeeze": _away,
     "Transpose": _transposed,
     "Unsqueeze": _unsqueezed,
+    **dict.fromkeys(ALONG, _away),
+    **dict.fromkeys(ALONG_LAST, _last_or_away),
 }

@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from networks import NETWORKS, WINDOW, Builder, windows
+from networks import NETWORKS, WINDOW, Builder, windows, with_batch
 from ptq3d.cli import main
 from ptq3d.graphs.files import load_graph
 from ptq3d.graphs.passes import simplify
@@ -105,3 +105,10 @@ def test_two_image_inputs_are_refused(data: Path, tmp_path: Path, capsys: pytest
     onnx.save(model, tmp_path / "n.onnx")
     assert quantize(tmp_path / "n.onnx", data) == 2
     assert "one image input is wanted" in capsys.readouterr().err
+
+
+def test_a_file_of_several_windows_at_a_time_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, data = with_batch(NETWORKS["unet"](tmp_path / "n.onnx"), 3), tmp_path / "c.npy"
+    np.save(data, windows(2))
+    assert quantize(path, data) == 2
+    assert "takes 3 windows at a time" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
@@ -139,7 +140,8 @@ def settled(options: QuantizeOptions, found: Calibrated, engines: Engines) -> tu
     with bar("Second terms", quiet=options.quiet) as progress:
         result = with_fewest_terms(engines, start, found.some, found.manifest.classes, progress=progress)
     log.info("%s", result)
-    return result.recipe, {"second_terms_tried": dict(result.tried)}
+    tried = {terms: None if math.isnan(lost) else lost for terms, lost in result.tried.items()}  # JSON has no NaN
+    return result.recipe, {"second_terms_tried": tried}
 
 
 def write_quantized(
@@ -288,7 +290,12 @@ def _prepared_graph(options: QuantizeOptions) -> tuple[ir.Model, Manifest]:
             f"{path} is quantized already. Quantize its FP32 file, deploy it as it is, or write it for another "
             "runtime with --retarget."
         )
-    return described(options, model, path)
+    model, manifest = described(options, model, path)
+    if static_input_shape(model)[0] != 1:
+        raise GraphError(
+            f"{path} takes {static_input_shape(model)[0]} windows at a time; calibration gives one. Export it with a batch of 1, or free."
+        )
+    return model, manifest
 
 
 def _windows_for(

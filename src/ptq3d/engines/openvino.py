@@ -127,7 +127,7 @@ def open(folder: Path, options: EngineOptions) -> OpenVinoEngine:
     import openvino
 
     core = openvino.Core()
-    device = "CPU" if options.device == "auto" else options.device.upper()
+    device = {"AUTO": "CPU", "CPU.0": "CPU"}.get(options.device.upper(), options.device.upper())
     settings = _device_settings(core, device, options)
     with _engine_errors(f"OpenVINO cannot load {folder / ARTEFACT}"):
         model = channels_last(sum_apart(one_at_a_time(core.read_model(folder / ARTEFACT))))

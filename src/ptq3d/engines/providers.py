@@ -123,7 +123,7 @@ def chosen(options: EngineOptions, available: Sequence[str], *, quantized: bool 
     first = PROVIDERS[names[0]]
     if options.precision not in first.precisions:
         raise OptionError(
-            f"ONNX Runtime's {names[0]} runs in {', '.join(first.precisions)}, not in '{options.precision}'."
+            f"ONNX Runtime's {names[0]} runs in {', '.join(first.precisions)}, not in '{options.precision}': choose with --precision."
         )
     each = [options, *(_later(name, options) for name in names[1:])]
     return [

@@ -6,6 +6,7 @@ Nothing here runs a network: what a recipe is worth is asked of a judge, which b
 from __future__ import annotations
 
 import glob
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
@@ -100,7 +101,8 @@ class FewestTerms:
 
     def __str__(self) -> str:
         """What was tried, and what came of it."""
-        tried = ", ".join(f"{terms:g}: {1 - lost:.4f}" for terms, lost in self.tried.items())
+        told = {terms: "unknown" if math.isnan(lost) else f"{1 - lost:.4f}" for terms, lost in self.tried.items()}
+        tried = ", ".join(f"{terms:g}: {kept}" for terms, kept in told.items())
         return f"second terms {self.recipe.second_terms:g} ({f'labels kept with {tried}' if tried else 'nothing to choose'})"
 
 

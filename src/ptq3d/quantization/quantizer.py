@@ -102,7 +102,7 @@ def quantize_graph(
     if recipe.second_terms and target.mending is not None and (dtype != "fp32" or target.rest == "fp32"):
         found = second_terms.noises(model, plan, seen, target.mending)
         mended = second_terms.choose(found, model, target.mending, cost=recipe.second_terms, integers=len(plan.layers))
-        kept |= {layer.layer: "too sensitive for 8 bits, and thin" for layer in mended.floating}
+        kept |= {layer.layer: "too sensitive for 8 bits" for layer in mended.floating}
         scales = second_terms.split(model, mended.split, seen, symmetric=target.symmetric, dtype=dtype)
         seen = second_terms.split_rows(seen, mended.split, scales)
         placement = planning.place(model, target, keep=tuple(glob.escape(name) for name in kept))

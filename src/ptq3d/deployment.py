@@ -45,7 +45,8 @@ class CaseResult:
         labels: the label map; written unless there is an error.
         image: file or series that was segmented.
         seconds: what took how long: read, preprocess, network (waiting for it), stitch (blending, head, argmax, the way back to
-            the file's grid), write, and total, their sum. Steps of neighbouring cases run beside one another.
+            the file's grid), write, and total, their sum. Steps of neighbouring cases run beside one another. A GPU works through
+            a queue, so that what the network takes there is waited for in stitch.
         windows: that the network saw.
         peak_memory_bytes: the most this process held until the case was written.
         dice: class name -> Dice, NaN where the class is in neither; empty without true labels.

@@ -54,7 +54,8 @@ class Answer:
     Args:
         labels: (1, X, Y, Z) uint8 or uint16 on the file's grid.
         windows: that the network saw.
-        seconds: network (waiting for its answers) and stitch (blending, head, argmax, the way back to the file's grid).
+        seconds: network (waiting for its answers) and stitch (blending, head, argmax, the way back to the file's grid). A GPU's
+            answers are queued, not waited for: its time is in stitch.
     """
 
     labels: Volume

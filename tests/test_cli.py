@@ -107,6 +107,10 @@ def test_the_whole_flow(bench: Bench, capsys: pytest.CaptureFixture[str]) -> Non
     rows = json.loads((root / "r.json").read_text())["rows"]
     assert [row["precision"] for row in rows] == ["fp32", "int8", "fp32"]
     assert [row["int8_mac_share"] for row in rows] == [0, pytest.approx(1, abs=0.05), 0]  # a thin layer may leave INT8
+    for row in rows:
+        whole = sum(layer["macs"] for layer in row["layers"])
+        integer = sum(layer["macs"] for layer in row["layers"] if layer["precision"] == "int8")
+        assert row["int8_mac_share"] == pytest.approx(integer / whole)
     assert rows[0]["fidelity"] == 1
     assert rows[2]["fidelity"] > 0.999
     assert rows[1]["size_bytes"] == sum((engine / name).stat().st_size for name in ("model.xml", "model.bin"))

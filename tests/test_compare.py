@@ -120,7 +120,7 @@ def test_a_case_without_any_class_leaves_the_report_valid() -> None:
     nan = float("nan")
     scores = tuple(Score(case, "x", dice, nan, nan, 1.0, 1.0) for case, dice in (("a", 0.5), ("b", nan)))
     claim = non_inferiority([0.5], [0.5], margin=0.1)
-    row = Row("n", "torch", "fp32", 1, LatencySummary(1, 1, 1, 1), (1.0,), 1, 0.0, scores, (1.0,), np.ones((2, 1)),
+    row = Row("n", "torch", "fp32", 1, LatencySummary(1, 1, 1, 1), (1.0,), 1, 0.0, (), scores, (1.0,), np.ones((2, 1)),
               Interval(0, 0, 0), claim)  # fmt: skip
     assert row.mean_dice == 0.5
     found = Comparison((row,), ("x",), ("a", "b"), (1, 1, 1), {"tolerance_mm": None})
@@ -136,7 +136,7 @@ def test_cases_without_a_class_large_enough_do_not_count_for_fidelity(
     each: tuple[float, ...], mean: float | None, worst: float | None
 ) -> None:
     kept = np.asarray(each)[:, None]
-    row = Row("n", "torch", "fp32", 1, LatencySummary(1, 1, 1, 1), (1.0,), 1, 0.0, (), each, kept, None, None)
+    row = Row("n", "torch", "fp32", 1, LatencySummary(1, 1, 1, 1), (1.0,), 1, 0.0, (), (), each, kept, None, None)
     found = Comparison((row,), ("x",), tuple("abc"[: len(each)]), (1, 1, 1), {"tolerance_mm": None})
     told = json.loads(json.dumps(found.to_dict(), allow_nan=False))["rows"][0]
     assert told["fidelity"] == pytest.approx(mean)

@@ -159,6 +159,7 @@ def _row(name: str, deployment: Deployment, timed: _Timed, run: _Run, change: _C
         case_seconds=tuple(result.seconds["total"] for result in run.results),
         peak_memory_bytes=run.peak_memory_bytes,
         int8_mac_share=timed.int8_mac_share,
+        layers=tuple(vars(layer) for layer in timed.layers),
         scores=verdict.scores,
         fidelity=tuple(mean_dice(case) for case in verdict.kept),
         kept=verdict.kept,

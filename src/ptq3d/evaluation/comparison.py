@@ -26,6 +26,7 @@ class Row:
         case_seconds: whole case, reading to writing, one a case.
         peak_memory_bytes: of the process that segmented the cases, libraries included.
         int8_mac_share: as the runtime reports it.
+        layers: every multiplying layer with what the runtime says of it: name, op, precision, macs.
         scores: a row for each case and foreground class; empty without labels.
         fidelity: one a case; NaN where no class is large enough to say anything.
         kept: (cases, K - 1) fidelity of each class, NaN where it is too small.
@@ -41,6 +42,7 @@ class Row:
     case_seconds: tuple[float, ...]
     peak_memory_bytes: int
     int8_mac_share: float
+    layers: tuple[Mapping[str, Any], ...]
     scores: tuple[Score, ...]
     fidelity: tuple[float, ...]
     kept: np.ndarray
@@ -93,6 +95,7 @@ class Row:
             "fidelity": self.mean_fidelity,
             "fidelity_worst_case": min(self.known_fidelity, default=None),
             "int8_mac_share": self.int8_mac_share,
+            "layers": [dict(layer) for layer in self.layers],
             "certificate": certificate(cases, classes, self.kept),
         }
 

@@ -96,9 +96,8 @@ def open(folder: Path, options: EngineOptions) -> OnnxRuntimeEngine:
     compiles = any(PROVIDERS[name].compiles for name in options.providers if name in PROVIDERS)
     with tempfile.TemporaryDirectory() as scratch:
         optimized = Path(scratch) / ARTEFACT
-        if (
-            compiles
-        ):  # ONNX Runtime moves and adds Q/DQ for its CPU: measured, OpenVINO's answers are off by a step for it
+        if compiles:
+            # ONNX Runtime moves and adds Q/DQ for its CPU, and a provider's answers are then not those of the file
             settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         else:  # which cannot be written where a provider compiled parts of it
             settings.optimized_model_filepath = str(optimized)
@@ -140,7 +139,7 @@ class Ran:
 def _disabled(path: Path, model: ir.Model, options: EngineOptions) -> list[str]:
     """The optimizers of ONNX Runtime that must not touch a file.
 
-    Where steps are FP16 it quantizes biases with their product, which FP16 does not hold: answers off by a third (1.32). From
+    Where steps are FP16 it quantizes biases with their product, which FP16 does not hold, so that answers are wrong (1.32). From
     opset 21 on it gives a QuantizeLinear that it moves an output_dtype, which it contradicts when it makes uint8 of int8: it then
     cannot load its own graph (1.32).
     """

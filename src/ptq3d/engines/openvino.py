@@ -98,9 +98,8 @@ def build(onnx: Path, folder: Path, settings: BuildSettings = PLAIN, progress: P
     compiled_for(settings)
     folder.mkdir(parents=True, exist_ok=True)
     model = simplify(load_graph(onnx))
-    if (
-        low_type(model) is not None
-    ):  # the arithmetic is chosen when it runs, and what finds INT8 layers expects FP32 around them
+    if low_type(model) is not None:
+        # the arithmetic is chosen when it runs, and what finds INT8 layers expects FP32 around them
         full_precision(model)
     if any(node.op_type == "Concat" for node in model.graph):
         unsigned_activations(model)

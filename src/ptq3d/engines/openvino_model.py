@@ -133,11 +133,11 @@ def _is_folded(value: Any) -> bool:
 def readable(model: ir.Model) -> None:
     """Write what OpenVINO 2026.4 computes wrongly in another way, in place; the answers are those of ONNX.
 
-    A Gather of channels between two convolutions: OpenVINO reorders their weights instead, and takes the order for its inverse
-    (measured in FP32: off by two thirds of the largest logit). It gathers rightly along an axis of a flat tensor.
+    A Gather of channels between two convolutions: OpenVINO reorders their weights instead, and takes the order for its inverse,
+    also in FP32. It gathers rightly along an axis of a flat tensor.
 
     Raises:
-        EngineError: a padded mean of integers, for which no other way was found (off by up to 80 %).
+        EngineError: a padded mean of integers, for which no other way was found.
     """
     for node in list(model.graph):
         if node.op_type == "Gather" and _picks_channels(node):

@@ -1,0 +1,393 @@
+"""What the Triton engine runs: a short list of fused steps, each reading and writing views of buffers in one arena.
+
+Images are stored with their channels last (N, X, Y, Z, C), INT8 with zero-point 0 wherever the file has Q/DQ; a view keeps the
+shape that ONNX knows (N, C, X, Y, Z) and says with strides where each value lies. Arithmetic is that of the reference engine:
+integers bit for bit, each floating-point operation rounded to float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+Dtype = Literal["int8", "fp16", "fp32"]
+BYTES: Mapping[str, int] = {"int8": 1, "fp16": 2, "fp32": 4, "int64": 8}
+Triple = tuple[int, int, int]
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class View:
+    """Values of a tensor in a buffer.
+
+    Args:
+        buffer: its place in `Program.buffers`.
+        offset: of the first value, in values of `dtype`.
+        shape: as the graph has it: (N, C, X, Y, Z), (N, tokens, C), ...
+        strides: in values, one for each axis.
+        dtype: what is stored.
+        step: the real value of one integer where `dtype` is int8, else 1.
+    """
+
+    buffer: int
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: Dtype
+    step: float = 1.0
+
+    @property
+    def channel_axis(self) -> int:
+        """Where its channels are: 1 of an image, the last axis of anything else."""
+        return 1 if len(self.shape) == 5 else len(self.shape) - 1
+
+    @property
+    def channels(self) -> int:
+        """C."""
+        return self.shape[self.channel_axis]
+
+    @property
+    def rows(self) -> int:
+        """How many voxels or tokens it has, all samples together."""
+        return math.prod(self.shape) // self.channels
+
+    @property
+    def pitch(self) -> int | None:
+        """Values from one row to the next; None where rows are not evenly spaced, or channels do not lie side by side."""
+        axis = self.channel_axis
+        others = [
+            (size, stride)
+            for place, (size, stride) in enumerate(zip(self.shape, self.strides, strict=True))
+            if place != axis
+        ]
+        others = [pair for pair in others if pair[0] != 1]
+        if self.channels > 1 and self.strides[axis] != 1:
+            return None
+        for (_, outer), (size, inner) in zip(others, others[1:], strict=False):
+            if outer != size * inner:
+                return None
+        return others[-1][1] if others else self.channels
+
+    def as_rows(self) -> View:
+        """The same values as an image of single voxels, (rows, C, 1, 1, 1); for views with a pitch."""
+        pitch = self.pitch or self.channels
+        return replace(self, shape=(self.rows, self.channels, 1, 1, 1), strides=(pitch, 1, pitch, pitch, pitch))
+
+
+@dataclass(frozen=True)
+class Activation:
+    """A function of one value.
+
+    Args:
+        kind: "none", "relu", "leaky_relu", "elu", "gelu", "gelu_tanh", "sigmoid", "tanh" or "clip".
+        low: the slope of "leaky_relu", the alpha of "elu", the lower bound of "clip".
+        high: the upper bound of "clip".
+    """
+
+    kind: str = "none"
+    low: float = 0.0
+    high: float = 0.0
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What happens to a float32 value v on its way out of a step.
+
+        v = activation(v)
+        v = clip(round_half_even(v / rounded), -128, 127) * rounded      where `rounded` is given
+        v = last(v + real(other))                                        where `other` is given
+        out = clip(round_half_even(v / out.step), -128, 127)             where the step's `out` is int8, else v in its type
+
+    Args:
+        activation: the first one.
+        rounded: the INT8 step of a tensor that nothing else reads, so that it is never stored.
+        other: the other branch of a residual sum, of the shape of `out`.
+        last: the activation behind the sum.
+    """
+
+    activation: Activation = Activation()
+    rounded: float | None = None
+    other: View | None = None
+    last: Activation = Activation()
+
+
+PLAIN_EPILOGUE = Epilogue()
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One or few kernel launches.
+
+    Args:
+        name: of the graph's node that gives it its name.
+        out: what it writes.
+    """
+
+    name: str
+    out: View
+
+    @property
+    def reads(self) -> tuple[View, ...]:
+        """What it reads."""
+        epilogue: Epilogue | None = getattr(self, "epilogue", None)
+        found = [getattr(self, name, None) for name in ("x", "other", "query", "key", "value")]
+        found += [epilogue.other if epilogue is not None else None, *getattr(self, "inputs", ())]
+        return tuple(view for view in found if isinstance(view, View))
+
+
+@dataclass(frozen=True, eq=False)
+class Enter(Step):
+    """Windows (N, C, X, Y, Z) float32, channels first, as int8 or fp16 channels last.
+
+    Args:
+        x: the fp32 input of the program.
+    """
+
+    x: View
+
+
+@dataclass(frozen=True, eq=False)
+class Convolve(Step):
+    """An INT8 convolution; a Linear is one with kernel 1 on a view `as_rows`.
+
+    v = float32(sum of x * weight) * multiplier + bias, then the epilogue.
+
+    Args:
+        x: int8.
+        weight: (K, C / groups, kx, ky, kz) int8.
+        multiplier: (K,) float32, step of x times step of the weight.
+        bias: (K,) float32 or None.
+        strides, dilations: for each axis.
+        pads: x, y, z before, then x, y, z behind.
+        groups: of channels.
+        sums: a buffer (N, K, 2) int64 that takes the sum of the integers of `out` and of their squares, or None.
+    """
+
+    x: View
+    weight: npt.NDArray[np.int8]
+    multiplier: Floats
+    bias: Floats | None = None
+    strides: Triple = (1, 1, 1)
+    dilations: Triple = (1, 1, 1)
+    pads: tuple[int, int, int, int, int, int] = (0, 0, 0, 0, 0, 0)
+    groups: int = 1
+    epilogue: Epilogue = PLAIN_EPILOGUE
+    sums: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Upsample(Step):
+    """An INT8 ConvTranspose with kernel = stride, no pads, no groups: a matrix product whose store moves channels to voxels.
+
+    Args:
+        x: int8.
+        weight: (C, K, kx, ky, kz) int8.
+        multiplier: (K,) float32.
+        bias: (K,) float32 or None.
+        sums: as in `Convolve`.
+    """
+
+    x: View
+    weight: npt.NDArray[np.int8]
+    multiplier: Floats
+    bias: Floats | None = None
+    epilogue: Epilogue = PLAIN_EPILOGUE
+    sums: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Normalize(Step):
+    """InstanceNormalization (`groups` = C) or GroupNormalization of an int8 tensor, with the epilogue.
+
+    v = (real(x) - mean) / sqrt(variance + epsilon) * scale + bias, mean and variance of each sample and group, from exact sums.
+
+    Args:
+        x: int8.
+        groups: of channels.
+        scale, bias: (C,) float32.
+        epsilon: added to the variance.
+        sums: a buffer (N, C, 2) int64 with the sum of the integers of each channel, and of their squares.
+        summed: whether the step that wrote `x` filled `sums`; else this one does.
+    """
+
+    x: View
+    groups: int
+    scale: Floats
+    bias: Floats
+    epsilon: float
+    sums: int
+    summed: bool
+    epilogue: Epilogue = PLAIN_EPILOGUE
+
+
+@dataclass(frozen=True, eq=False)
+class NormalizeRows(Step):
+    """LayerNormalization over the channels of each row, with the epilogue.
+
+    Args:
+        x: int8 or fp16.
+        scale, bias: (C,) float32.
+    """
+
+    x: View
+    scale: Floats
+    bias: Floats
+    epsilon: float
+    epilogue: Epilogue = PLAIN_EPILOGUE
+
+
+@dataclass(frozen=True, eq=False)
+class Pointwise(Step):
+    """v = real(x) * factor + offset, then the epilogue; a requantization, an activation or a sum of two tensors.
+
+    Args:
+        x: int8 or fp16.
+        factor: (1,) or (C,) float32, or None for 1.
+        offset: (1,), (C,) or (rows / N, C) float32, or None for 0; the last is the same for each sample.
+    """
+
+    x: View
+    factor: Floats | None = None
+    offset: Floats | None = None
+    epilogue: Epilogue = PLAIN_EPILOGUE
+
+
+@dataclass(frozen=True, eq=False)
+class Pool(Step):
+    """MaxPool of int8 (its step stays), or AveragePool of int8 or fp16.
+
+    Args:
+        kind: "max" or "average".
+        include_pads: an average counts padded zeros.
+    """
+
+    x: View
+    kind: str
+    kernel: Triple
+    strides: Triple
+    pads: tuple[int, int, int, int, int, int]
+    include_pads: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Resize(Step):
+    """Nearest (asymmetric, floor) or trilinear resampling of int8 or fp16 to the size of `out`.
+
+    Args:
+        mode: "nearest" or "linear".
+        align_corners: of "linear"; else half-pixel.
+    """
+
+    x: View
+    mode: str
+    align_corners: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Attend(Step):
+    """softmax(query @ key^T * scale + mask) @ value, in FP16 with PyTorch's kernels.
+
+    Args:
+        query, key, value: (..., tokens, C) fp16, heads in front; any strides.
+        scale: of the scores.
+        mask: float32, of a shape that broadcasts to the scores; or None.
+    """
+
+    query: View
+    key: View
+    value: View
+    scale: float
+    mask: Floats | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Move(Step):
+    """A copy of x into `out`, which has the same shape, type and step; any strides.
+
+    Args:
+        zeros: the whole tensor of which `out` is a part, filled with zeros first; None where `out` is all of it.
+    """
+
+    x: View
+    zeros: View | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Float(Step):
+    """An operator that has no INT8 form here, by PyTorch in FP16 on real values.
+
+    Args:
+        op: of ONNX.
+        attributes: its plain values.
+        inputs: views, constants as arrays, or None where one is left out; in the order of ONNX.
+    """
+
+    op: str
+    attributes: Mapping[str, Any]
+    inputs: tuple[View | npt.NDArray[Any] | None, ...]
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Memory of values.
+
+    Args:
+        size: in values.
+        dtype: "int8", "fp16", "fp32" or "int64".
+    """
+
+    size: int
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        return self.size * BYTES[self.dtype]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerPrecision:
+    """What a multiplying layer became.
+
+    Args:
+        name: of its node.
+        op: of ONNX.
+        precision: "int8" or "fp16".
+        macs: of one window.
+        why: what keeps it out of INT8, "" where nothing does.
+    """
+
+    name: str
+    op: str
+    precision: str
+    macs: int
+    why: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """A network as steps.
+
+    Args:
+        steps: in the order in which they run.
+        buffers: what they read and write.
+        input: (N, C, X, Y, Z) fp32, channels first.
+        output: (N, F, X, Y, Z), channels last; int8, fp16 or fp32.
+        layers: every multiplying layer.
+        places: byte offsets of the buffers in the arena; those of buffers that live at the same time do not overlap.
+        arena_bytes: how long it is.
+    """
+
+    steps: tuple[Step, ...]
+    buffers: tuple[Buffer, ...]
+    input: View
+    output: View
+    layers: tuple[LayerPrecision, ...]
+    places: tuple[int, ...] = ()
+    arena_bytes: int = 0
+    notes: tuple[str, ...] = field(default=())

@@ -7,6 +7,7 @@ integers bit for bit, each floating-point operation rounded to float32.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -68,7 +69,7 @@ class View:
         others = [pair for pair in others if pair[0] != 1]
         if self.channels > 1 and self.strides[axis] != 1:
             return None
-        for (_, outer), (size, inner) in zip(others, others[1:], strict=False):
+        for (_, outer), (size, inner) in itertools.pairwise(others):
             if outer != size * inner:
                 return None
         return others[-1][1] if others else self.channels

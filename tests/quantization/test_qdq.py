@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from onnx import numpy_helper
 
-from networks import NETWORKS, Builder, windows
+from networks import NETWORKS, WINDOW, Builder, windows
 from ptq3d.engines import get_backend
 from ptq3d.engines.base import EngineOptions, int8_mac_share
 from ptq3d.errors import CalibrationError, GraphError, OptionError
@@ -16,6 +17,7 @@ from ptq3d.graphs.files import load_graph, save_graph
 from ptq3d.graphs.layers import layers, weight_value
 from ptq3d.graphs.passes import simplify
 from ptq3d.quantization import planning, qdq
+from ptq3d.quantization.retargeting import retarget
 from ptq3d.quantization.targets import ACTIVATIONS, TARGETS
 from quantizing import graph, observed, planned, run
 
@@ -34,7 +36,10 @@ def write(path: Path, target: str = "openvino", keep: tuple[str, ...] = ()) -> t
 def test_every_weighted_layer_is_fed_by_integers(network: str, target: str, tmp_path: Path) -> None:
     plan, _ = write(NETWORKS[network](tmp_path / "n.onnx"), target)
     written = simplify(load_graph(tmp_path / "q.onnx"))
-    wanted = {layer.name for layer in layers(written) if layer.op in TARGETS[target].operators}
+    rules = TARGETS[target]
+    wanted = {
+        layer.name for layer in layers(written) if layer.op in rules.operators and (layer.weight or rules.products)
+    }
     assert qdq.integer_layers(written) == set(plan.layers) == wanted
 
 
@@ -138,6 +143,106 @@ def test_triton_keeps_every_tensor_between_the_layers_in_int8(tmp_path: Path) ->
                 maker = makers.get(name)
                 moved = maker is not None and maker.op_type in ("Concat", "MaxPool")
                 assert maker is None or moved or maker.op_type == "DequantizeLinear" or node.op_type in ACTIVATIONS
+
+
+def quantized_tensors(path: Path, target: str = "triton") -> set[str]:
+    _, written = write(path, target)
+    return {node.input[0] for node in written.graph.node if node.op_type == "QuantizeLinear"}
+
+
+def grouped_normalization(path: Path, offset: tuple[int, ...] = (8, 1, 1, 1)) -> Path:
+    """GroupNorm as PyTorch exports it, and its activation."""
+    b = Builder(21)
+    b.weights += [
+        numpy_helper.from_array(np.array(sizes, np.int64), name)
+        for name, sizes in {"groups": [1, 2, -1], "channels": [1, 8, *WINDOW]}.items()
+    ]
+    x = b.add("Reshape", b.conv("image", 1, 8), "groups")
+    x = b.add("InstanceNormalization", x, b.weight(2), b.weight(2))
+    x = b.add("Mul", b.add("Reshape", x, "channels"), b.weight(8, 1, 1, 1))
+    b.conv(b.add("Relu", b.add("Add", x, b.weight(*offset))), 8, 3)
+    return b.save(path, "logits", 3)
+
+
+def test_triton_quantizes_a_group_normalization_behind_its_activation(tmp_path: Path) -> None:
+    found = quantized_tensors(grouped_normalization(tmp_path / "n.onnx"))
+    assert found == {"image", "conv_0_out", "relu_6_out"}
+
+
+def test_triton_adds_a_whole_image_apart(tmp_path: Path) -> None:
+    """What is no constant for each channel is no bias of a kernel."""
+    found = quantized_tensors(grouped_normalization(tmp_path / "n.onnx", (8, *WINDOW)))
+    assert {"mul_4_out", "relu_6_out"} <= found
+
+
+def encoder(path: Path) -> Path:
+    """A transformer block with projections: 2 heads of 4 features on 4 x 6 x 5 tokens, padded and cut as windows of Swin are."""
+    b = Builder(22)
+    tokens, features = 4 * 6 * 5, 8
+    b.weights += [
+        numpy_helper.from_array(np.array(sizes, np.int64), name)
+        for name, sizes in {
+            "flat": [1, features, tokens],
+            "heads": [1, tokens, 2, features // 2],
+            "joined": [1, tokens, features],
+            "pads": [0, 0, 0, 0, 4, 0],
+            "zero": [0],
+            "end": [tokens],
+            "axis": [1],
+            "grid": [1, features, 4, 6, 5],
+        }.items()
+    ]
+    b.weights.append(numpy_helper.from_array(np.float32(0.5), "half"))
+
+    def linear(x: str, outputs: int = features, inputs: int = features) -> str:
+        return b.add("Add", b.add("MatMul", x, b.weight(inputs, outputs)), b.weight(outputs))
+
+    x = b.conv("image", 1, features, kernel=1, stride=2)
+    t = b.add("Transpose", b.add("Reshape", x, "flat"), perm=[0, 2, 1])
+    y = b.add("LayerNormalization", t, b.weight(features), b.weight(features))
+    y = b.add("Slice", b.add("Pad", y, "pads"), "zero", "end", "axis")
+    q, k, v = (b.add("Transpose", b.add("Reshape", linear(y), "heads"), perm=[0, 2, 1, 3]) for _ in range(3))
+    scores = b.add("MatMul", b.add("Mul", q, "half"), b.add("Transpose", k, perm=[0, 1, 3, 2]))
+    attended = b.add("MatMul", b.add("Softmax", scores, axis=-1), v)
+    t = b.add("Add", t, linear(b.add("Reshape", b.add("Transpose", attended, perm=[0, 2, 1, 3]), "joined")))
+    t = b.add("Gelu", linear(t))
+    back = b.add("Reshape", b.add("Transpose", t, perm=[0, 2, 1]), "grid")
+    b.add("ConvTranspose", back, b.weight(features, 3, 2, 2, 2), b.weight(3), strides=[2, 2, 2])
+    return b.save(path, "logits", 3)
+
+
+def test_triton_leaves_attention_in_floating_point(tmp_path: Path) -> None:
+    """What it reads comes as it leaves its layers, its answer is quantized as the next layer reads it, a Linear behind its bias."""
+    plan, written = write(encoder(tmp_path / "n.onnx"), "triton")
+    makers = {output: node.op_type for node in written.graph.node for output in node.output}
+    found = [node.input[0] for node in written.graph.node if node.op_type == "QuantizeLinear"]
+    made = sorted(makers.get(name, "the image") for name in found)
+    assert made == ["Add", "Add", "Conv", "Gelu", "LayerNormalization", "Reshape", "Slice", "the image"]
+    products = {layer.name for layer in layers(graph(tmp_path / "n.onnx")) if layer.weight is None}
+    assert len(products) == 2
+    assert not products & set(plan.layers)
+    kept = planning.place(graph(tmp_path / "n.onnx"), TARGETS["triton"]).kept
+    assert kept == dict.fromkeys(products, "triton multiplies two activations in floating point")
+
+
+def test_triton_pads_and_cuts_integers(tmp_path: Path) -> None:
+    plan, written = write(encoder(tmp_path / "n.onnx"), "triton")
+    whole, cut = [
+        plan.activations[node.output[0]]
+        for node in written.graph.node
+        if node.op_type in ("LayerNormalization", "Slice")
+    ]
+    assert whole.equals(cut)
+
+
+@pytest.mark.parametrize("target", ["openvino", "tensorrt"])
+def test_attention_of_other_targets_is_retargeted_to_triton(target: str, tmp_path: Path) -> None:
+    write(encoder(tmp_path / "n.onnx"), target)
+    model, plan = qdq.read(simplify(load_graph(tmp_path / "q.onnx")))
+    found = retarget(model, plan, TARGETS["triton"])
+    written = qdq.write(model, found.plan)
+    assert qdq.integer_layers(written) == set(found.plan.layers)
+    assert len(found.plan.layers) == len(plan.layers) - 2
 
 
 def upwards(path: Path, activation: str) -> Path:

@@ -11,7 +11,8 @@ import onnx_ir as ir
 from ptq3d.errors import CalibrationError, OptionError
 from ptq3d.graphs.layers import WEIGHT_AXIS, groups, layers, shape_of, weight_axis, weight_value
 from ptq3d.int8 import Scale, scale_of_range, scale_of_weight
-from ptq3d.quantization.groups import Groups
+from ptq3d.quantization.fusing import chain_ends, is_product, product_ends, read_by_products
+from ptq3d.quantization.groups import Groups, pieces_of, share_steps
 from ptq3d.quantization.observers import Range
 from ptq3d.quantization.targets import MOVES, Target
 
@@ -113,15 +114,15 @@ def place(model: ir.Model, target: Target, *, keep: Sequence[str] = ()) -> Place
         raise OptionError(
             "no layer is left to quantize: every Conv, ConvTranspose, Gemm and MatMul is kept in floating point."
         )
-    shared = Groups()
+    shared, ends = Groups(), product_ends(model, target)
     signed: set[str] = set()
     for node in chosen:
-        left, is_product = list(_sources(node.inputs[0], every=target.direct)), weight_value(node) is None
+        left = list(_sources(node.inputs[0], ends, every=target.direct))
         shared.join(left)
-        if (is_product or node.op_type in target.unshifted) and not _is_rectified(node.inputs[0]):
+        if (is_product(node) or node.op_type in target.unshifted) and not _is_rectified(node.inputs[0]):
             signed.update(left)
-        if is_product:
-            right = list(_sources(node.inputs[1], every=target.direct))
+        if is_product(node):
+            right = list(_sources(node.inputs[1], ends, every=target.direct))
             shared.join(right)
             signed.update(right)
     names = tuple(str(node.name) for node in chosen)
@@ -129,7 +130,8 @@ def place(model: ir.Model, target: Target, *, keep: Sequence[str] = ()) -> Place
     signed.update(name for value in read.values() for name in _sources(value))
     residual = _residual_uses(model, names) if target.residual else _sum_uses(model, names, target)
     for branch in (*_inner_tensors(model, names, target), *(residual | read).values()):
-        shared.join(list(_sources(branch)))
+        shared.join(list(_sources(branch, ends)))
+    share_steps(model, shared, target)
     tensors = shared.tuples()
     signed = {name for group in tensors if signed & set(group) for name in group}
     planned = {name for group in tensors for name in group}
@@ -210,32 +212,16 @@ def _inner_tensors(model: ir.Model, chosen: Collection[str], target: Target) -> 
     for node in reversed(nodes):
         if node.op_type in WEIGHT_AXIS or any(value.name in ahead for value in node.outputs):
             ahead.update(value.name for value in node.inputs if value is not None)
-    found = [_behind_fused(node.outputs[0], target) for node in nodes if node.op_type in target.outputs]
+    attended = frozenset() if target.products else read_by_products(model)
     return [
         value
-        for value in found
+        for value in chain_ends(model, target)
         if value.name in behind
         and value.name in ahead
+        and value.name not in attended
         and value.dtype == ir.DataType.FLOAT
         and value.const_value is None
     ]
-
-
-def _behind_fused(value: ir.Value, target: Target) -> ir.Value:
-    """The tensor that leaves the kernel: behind activations, and behind the factors that equalization leaves there.
-
-    An unsigned scale that a concat makes common to several tensors may have a zero-point, which stands for no Relu.
-    """
-    uses = list(value.uses())
-    if len(uses) != 1 or value.is_graph_output():
-        return value
-    reader = uses[0][0]
-    if not target.symmetric and any(use.op_type == "Concat" for use, _ in reader.outputs[0].uses()):
-        return value
-    scaled = reader.op_type == "Mul" and any(
-        other is not None and other.const_value is not None for other in reader.inputs
-    )
-    return _behind_fused(reader.outputs[0], target) if scaled or reader.op_type in target.fused else value
 
 
 def _other_readers(
@@ -265,6 +251,8 @@ def _why_float(node: ir.Node, target: Target, keep: Sequence[str]) -> str | None
         return "kept by --keep"
     if node.op_type not in target.operators:
         return f"{target.name} has no INT8 {node.op_type}"
+    if is_product(node) and not target.products:
+        return f"{target.name} multiplies two activations in floating point"
     if node.op_type == "ConvTranspose" and groups(node) > 1:
         return f"{target.name} has no grouped INT8 ConvTranspose"
     if groups(node) > 1 and any(channels % target.group_multiple for channels in _of_a_group(node)):
@@ -281,24 +269,16 @@ def _of_a_group(node: ir.Node) -> tuple[int, int]:
     return shape_of(node.inputs[0])[1] // groups(node), shape_of(node.outputs[0])[1] // groups(node)
 
 
-def pieces_of(value: ir.Value | None) -> Sequence[ir.Value | None]:
-    """The tensors that a concat or a mere move makes `value` of; none where anything else makes it."""
-    producer = _producer(value)
-    if producer is None or (producer.op_type != "Concat" and producer.op_type not in MOVES):
-        return ()
-    return producer.inputs if producer.op_type == "Concat" else producer.inputs[:1]
-
-
-def _sources(value: ir.Value | None, *, every: bool = False) -> Iterable[str]:
-    """The tensors to quantize so that `value` is INT8: itself, or what a concat or a mere move makes it of.
+def _sources(value: ir.Value | None, ends: Collection[str] = (), *, every: bool = False) -> Iterable[str]:
+    """The tensors to quantize so that `value` is INT8: itself, or what a concat or a mere move makes it of, but for `ends`.
 
     With `every` also those on the way.
     """
     if value is None or value.const_value is not None:
         return
-    pieces = pieces_of(value)
+    pieces = () if value.name in ends else pieces_of(value)
     for piece in pieces:
-        yield from _sources(piece, every=every)
+        yield from _sources(piece, ends, every=every)
     if every or not pieces:
         yield str(value.name)
 
@@ -367,12 +347,12 @@ def _in_type(scales: Mapping[str, Scale], dtype: str) -> dict[str, Scale]:
 
 def input_step(node: ir.Node, plan: Plan) -> float:
     """The INT8 step of a planned layer's input, 0 where it is a constant."""
-    return max((float(plan.activations[name].step) for name in _sources(node.inputs[0])), default=0.0)
+    return max((float(plan.activations[name].step) for name in _sources(node.inputs[0], plan.activations)), default=0.0)
 
 
 def scale_read(node: ir.Node, plan: Plan) -> Scale | None:
     """The scale of a planned layer's input, through concats and moves; None where it has several, or is no quantized tensor."""
-    found = [plan.activations.get(name) for name in _sources(node.inputs[0])]
+    found = [plan.activations.get(name) for name in _sources(node.inputs[0], plan.activations)]
     first = found[0] if found else None
     alike = first is not None and all(one is not None and one.equals(first) for one in found)
     return first if alike else None

@@ -16,7 +16,8 @@ from ptq3d.graphs.layers import WEIGHT_AXIS, groups, shape_of, weight_axis, weig
 from ptq3d.graphs.low_precision import full_precision, low_type
 from ptq3d.graphs.passes import QDQ, infer_shapes, insert_behind
 from ptq3d.int8 import Floats, Scale, dequantize
-from ptq3d.quantization.planning import Plan, Use, pieces_of, reads_int8
+from ptq3d.quantization.groups import pieces_of, quantized_below
+from ptq3d.quantization.planning import Plan, Use, reads_int8
 
 # what ONNX saturates to; a file may hold the -128 that LIMITS of ours leaves out
 ONNX_LIMITS = {"int8": (-128, 127), "uint8": (0, 255), "int32": (-(2**31), 2**31 - 1)}
@@ -349,7 +350,7 @@ def _can_sum(node: ir.Node, weights: Mapping[str, Stored], scales: Mapping[str, 
     """Whether a layer's products share one step for each output channel, so that integers can be summed."""
     weight = weight_value(node)
     activations = node.inputs[:1] if weight is not None else node.inputs[:2]
-    if any(scales[name].axis is not None for value in activations for name in _nearest(value, scales)):
+    if any(scales[name].axis is not None for value in activations for name in quantized_below(value, scales)):
         return False
     if weight is None:
         return True
@@ -357,15 +358,6 @@ def _can_sum(node: ir.Node, weights: Mapping[str, Stored], scales: Mapping[str, 
         raise _refused(node, f"multiplies '{weight.name}', whose integers lie behind another operator")
     axis = weights[str(weight.name)][1].axis
     return axis is None or (axis == weight_axis(node) and (node.op_type != "ConvTranspose" or groups(node) == 1))
-
-
-def _nearest(value: ir.Value | None, scales: Mapping[str, Scale]) -> Iterable[str]:
-    """The quantized tensors that a layer's input is made of through concats and moves."""
-    if value is not None and value.name in scales:
-        yield str(value.name)
-        return
-    for piece in pieces_of(value):
-        yield from _nearest(piece, scales)
 
 
 def _symmetric(node: ir.Node, weights: Mapping[str, Stored]) -> Scale:

@@ -12,7 +12,8 @@ import onnx_ir as ir
 from ptq3d.errors import GraphError
 from ptq3d.graphs.layers import WEIGHT_AXIS, weight_value
 from ptq3d.int8 import Scale, scale_of_range
-from ptq3d.quantization.planning import Placement, Plan, pieces_of, place
+from ptq3d.quantization.groups import pieces_of, quantized_below
+from ptq3d.quantization.planning import Placement, Plan, place
 from ptq3d.quantization.targets import Target
 
 
@@ -58,7 +59,7 @@ def retarget(model: ir.Model, foreign: Plan, target: Target, *, keep: Sequence[s
     floating = [glob.escape(str(name)) for name in named if name not in foreign.layers]
     placement = place(model, target, keep=(*floating, *keep))
     kept = {name: "as in the file" if name not in foreign.layers else why for name, why in placement.kept.items()}
-    found = _scales_of_sources(model, foreign, set(placement.layers))
+    found = _scales_of_sources(model, foreign, placement)
     activations = _activations(placement, found, target)
     chosen = [node for node in model.graph if node.name in placement.layers]
     names = [str(weight.name) for node in chosen if (weight := weight_value(node)) is not None]
@@ -71,15 +72,23 @@ def retarget(model: ir.Model, foreign: Plan, target: Target, *, keep: Sequence[s
     return Retargeted(Plan(placement.layers, activations, weights, target.name, readers), kept, rescaled, dropped)
 
 
-def _scales_of_sources(model: ir.Model, foreign: Plan, chosen: set[str]) -> dict[str, list[Scale]]:
-    """Tensor of a placement -> the scales with which INT8 layers read it in the file, or its own."""
+def _scales_of_sources(model: ir.Model, foreign: Plan, placement: Placement) -> dict[str, list[Scale]]:
+    """Tensor of a placement -> the scales with which INT8 layers read it in the file, its own, or those of what it is made of."""
     found: dict[str, list[Scale]] = {}
-    for node in model.graph:
-        if node.name in chosen:
-            for value in node.inputs[:1] if weight_value(node) is not None else node.inputs[:2]:
-                _follow(value, None, foreign, found)
+    chosen, lone = set(placement.layers), {group[0] for group in placement.tensors if len(group) == 1}
+    read = [
+        value
+        for node in model.graph
+        if node.name in chosen
+        for value in (node.inputs[:1] if weight_value(node) is not None else node.inputs[:2])
+    ]
+    for value in read:
+        _follow(value, None, foreign, found)
     for name, scale in foreign.activations.items():
         found.setdefault(name, [scale])
+    for value in read:
+        if value is not None and value.name in lone - found.keys():
+            found[str(value.name)] = [foreign.activations[name] for name in quantized_below(value, foreign.activations)]
     return found
 
 

@@ -58,7 +58,10 @@ class Target:
         why: where the rules come from.
         outputs: operators whose outputs are quantized too, between the first INT8 layer and the last weighted one; then
             everything reads the dequantized tensors. "Concat": its inputs share a scale, whoever reads it.
-        fused: operators that run as one with the one in front of them: only the output of the last is quantized.
+        fused: operators that run as one with the one in front of them: only the output of the last is quantized. "Add" and "Mul":
+            of a constant for each channel, behind a layer or a normalization; "Reshape": back from groups to channels, there.
+        selects: operators that give values of their input, of whose scale their output is where both are quantized.
+        products: products of two activations run in INT8, too; otherwise what only they read stays in floating point with them.
         residual: the other branch of an Add behind an INT8 layer is quantized too.
         reads: operators that read INT8 straight out of an INT8 layer, though they do not multiply; zero-point 0, since they take
             any shift of a channel away and OpenVINO does not know it.
@@ -84,6 +87,8 @@ class Target:
     sums: frozenset[str] = frozenset()
     direct: bool = False
     channel_steps: bool = False
+    selects: frozenset[str] = frozenset()
+    products: bool = True
     rest: Literal["fp32", "fp16"] = "fp32"
     group_multiple: int = 1
     mending: Prices | None = None
@@ -158,13 +163,16 @@ TARGETS: Mapping[str, Target] = {
             "triton",
             frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"}),
             True,
-            "kernels of our own: int8 with zero-point 0, and every tensor between the first and the last layer stays INT8",
+            "kernels of our own: int8 with zero-point 0, and every tensor between the first and the last layer stays INT8, but for "
+            "attention, which PyTorch's FP16 kernels compute without storing its scores",
             outputs=frozenset(
                 {"Conv", "ConvTranspose", "Gemm", "MatMul", "Concat", "Add", "Sub", "Mul", "Resize", "AveragePool"}
                 | {"InstanceNormalization", "GroupNormalization", "LayerNormalization", "BatchNormalization"}
                 | ACTIVATIONS
             ),
-            fused=ACTIVATIONS,
+            fused=ACTIVATIONS | {"Add", "Mul", "Reshape"},
+            selects=frozenset({"Pad", "Slice"}),
+            products=False,
         ),
     )
 }

@@ -116,6 +116,32 @@ def test_int8_errs_less_where_channels_span_different_ranges(activation: str, tm
     assert error(equalized(path)[0], "equalized.onnx") < 0.5 * plain
 
 
+def grouped(path: Path) -> Path:
+    """GroupNorm as PyTorch exports it, then a residual sum that no layer's constants can scale."""
+    b = Builder(7)
+    b.weights += [
+        numpy_helper.from_array(np.array(sizes, np.int64), name)
+        for name, sizes in {"groups": [1, 2, -1], "channels": [1, 8, *WINDOW]}.items()
+    ]
+    y = b.conv("image", 1, 8)
+    x = b.add("InstanceNormalization", b.add("Reshape", y, "groups"), b.weight(2), b.weight(2))
+    x = b.add("Mul", b.add("Reshape", x, "channels"), b.weight(8, 1, 1, 1))
+    x = b.add("Relu", b.add("Add", x, b.weight(8, 1, 1, 1)))
+    b.conv(b.add("LeakyRelu", b.add("Add", b.conv(x, 8, 8), y), alpha=0.1), 8, 3)
+    return b.save(path, "logits", 3)
+
+
+def test_where_no_factor_may_stay_constants_for_each_channel_take_them(tmp_path: Path) -> None:
+    model = graph(grouped(tmp_path / "n.onnx"))
+    before, operators = outputs(model, tmp_path / "before.onnx"), [node.op_type for node in model.graph]
+    placement = planning.place(model, TARGETS["triton"])
+    done = equalization.equalize(model, placement, observed(model, "triton").tensors, multiplied=False)
+    assert list(done.tensors) == ["relu_6_out"]
+    assert not np.allclose(done.tensors["relu_6_out"][1], 1, rtol=0.1)
+    assert [node.op_type for node in model.graph] == operators
+    assert np.abs(outputs(model, tmp_path / "after.onnx") - before).max() <= 1e-5 * np.abs(before).max()
+
+
 def test_channels_that_are_always_zero_keep_the_scale_one(tmp_path: Path) -> None:
     path = uneven(tmp_path / "n.onnx")
     model = graph(path)

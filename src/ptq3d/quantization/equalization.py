@@ -87,7 +87,12 @@ class Equalized:
 
 
 def equalize(
-    model: ir.Model, placement: Placement, seen: Mapping[str, TensorSeen], *, strength: float = STRENGTH
+    model: ir.Model,
+    placement: Placement,
+    seen: Mapping[str, TensorSeen],
+    *,
+    strength: float = STRENGTH,
+    multiplied: bool = True,
 ) -> Equalized:
     """`model` with scaled channels, in place; place it anew, since some tensors have another name.
 
@@ -97,11 +102,16 @@ def equalize(
         seen: at least the tensors of `equalizable`.
         strength: 0 changes nothing, 1 gives every channel the whole range; between them weights and activations share the
             rounding error.
+        multiplied: factors that no layer takes become a multiplication; otherwise such tensors are left as they are, and
+            constants that are multiplied or added for each channel take factors as layers do.
 
     Source: Nagel et al. 2019 (cross-layer equalization), with the activations' measured spans; SmoothQuant (Xiao et al. 2023)
         for the strength.
     """
     wanted = set(equalizable(model, placement))
+    if not multiplied:
+        values = _values(model)
+        wanted = {name for name in wanted if _absorbing_producer(values[name], affine=True) is not None}
     tensors: dict[str, tuple[str, Floats]] = {}
     layers: dict[str, Floats] = {}
     for group in placement.tensors:
@@ -119,7 +129,7 @@ def equalize(
             for reader in _readers(_values(model)[name], 0) or ():
                 inputs = layers.setdefault(str(reader.node.name), np.ones(_input_channels(reader.node), np.float32))
                 inputs[reader.first : reader.first + len(factors)] *= factors
-            tensors[name] = (_scale(model, name, factors), factors)
+            tensors[name] = (_scale(model, name, factors, affine=not multiplied), factors)
     infer_shapes(model)
     return Equalized(tensors, layers)
 
@@ -237,7 +247,7 @@ def _is_constant(value: ir.Value | None) -> bool:
     return value is not None and value.const_value is not None
 
 
-def _scale(model: ir.Model, name: str, scales: Floats) -> str:
+def _scale(model: ir.Model, name: str, scales: Floats, *, affine: bool) -> str:
     """Scale the channels of a tensor; the name of the tensor that holds them now."""
     value = _values(model)[name]
     for reader in _readers(value, 0) or ():
@@ -245,23 +255,48 @@ def _scale(model: ir.Model, name: str, scales: Floats) -> str:
         view = _input_channels_first(reader.node, weight)
         view[reader.first : reader.first + len(scales)] /= scales.reshape(-1, *[1] * (weight.ndim - 1))
         set_constant(model, reader.node, 1, weight, suffix="equalized")
-    source = _absorbing_producer(value)
+    source = _absorbing_producer(value, affine=affine)
     if source is None:
         return _insert_multiplication(model, value, scales)
-    if source.op_type == "InstanceNormalization":
-        for index in (1, 2):
-            set_constant(model, source, index, constant_of(source.inputs[index]) * scales, suffix="equalized")
+    _scale_source(model, source, scales)
+    return name
+
+
+def _scale_source(model: ir.Model, source: ir.Node, scales: Floats) -> None:
+    """Scale what a node of `_absorbing_producer` gives."""
+    index = _affine_constant(source)
+    if index is not None:
+        constant = constant_of(source.inputs[index])
+        set_constant(model, source, index, constant * scales.reshape(-1, 1, 1, 1), suffix="equalized")
+        other = source.inputs[1 - index] if source.op_type == "Add" else None
+        above = other.producer() if other is not None else None
+        if above is not None:
+            _scale_source(model, above, scales)
+    elif source.op_type == "InstanceNormalization":
+        for place in (1, 2):
+            set_constant(model, source, place, constant_of(source.inputs[place]) * scales, suffix="equalized")
     else:
         _scale_outputs(model, source, scales)
-    return name
+
+
+def _affine_constant(node: ir.Node) -> int | None:
+    """Which input of an Add or Mul of images is a constant for each channel; None where none is, or it is another operator."""
+    channels = shape_of(node.outputs[0])[1:2]
+    for index, value in enumerate(node.inputs if node.op_type in ("Add", "Mul") else ()):
+        if _is_constant(value) and shape_of(value)[-4:] == (*channels, 1, 1, 1) and len(shape_of(node.outputs[0])) == 5:
+            return index
+    return None
 
 
 def _input_channels_first(node: ir.Node, weight: Floats) -> Floats:
     return weight if node.op_type == "ConvTranspose" else np.swapaxes(weight, 0, 1)
 
 
-def _absorbing_producer(value: ir.Value) -> ir.Node | None:
-    """The layer whose output weights can take a positive factor of `value`'s channels, if nothing else reads on the way."""
+def _absorbing_producer(value: ir.Value, *, affine: bool = False) -> ir.Node | None:
+    """The layer whose output weights can take a positive factor of `value`'s channels, if nothing else reads on the way.
+
+    With `affine` also an Add or Mul of a constant for each channel, the Add only if what it adds to can take it, too.
+    """
     producer = value.producer()
     while producer is not None and producer.op_type in HOMOGENEOUS:
         source = producer.inputs[0]
@@ -270,6 +305,14 @@ def _absorbing_producer(value: ir.Value) -> ir.Node | None:
         producer = source.producer()
     if producer is None:
         return None
+    index = _affine_constant(producer) if affine else None
+    if index is not None:
+        other = producer.inputs[1 - index]
+        alone = other is not None and len(list(other.uses())) == 1 and not other.is_graph_output()
+        taken = producer.op_type == "Mul" or (
+            other is not None and alone and other.producer() == _absorbing_producer(other, affine=True)
+        )
+        return producer if taken else None
     if producer.op_type == "InstanceNormalization":
         return producer if all(_is_constant(piece) for piece in producer.inputs[1:3]) else None
     plain = _is_plain_convolution(producer) and all(_is_constant(piece) for piece in producer.inputs[2:])

@@ -86,7 +86,8 @@ def quantize_graph(
     """
     model, target, dtype = model.clone(), get_target(recipe.target), recipe.high_precision_dtype
     if recipe.equalize:
-        done = equalization.equalize(model, planning.place(model, target), seen.tensors)
+        placement = planning.place(model, target)
+        done = equalization.equalize(model, placement, seen.tensors, multiplied=target.factors)
         seen = seen.scaled(done.tensors, done.layers)
         placement = planning.place(model, target)  # the two steps that follow rename nothing
         smoothed = smoothing.smooth(model, placement, seen.tensors)

@@ -60,6 +60,7 @@ class Target:
             everything reads the dequantized tensors. "Concat": its inputs share a scale, whoever reads it.
         fused: operators that run as one with the one in front of them: only the output of the last is quantized. "Add" and "Mul":
             of a constant for each channel, behind a layer or a normalization; "Reshape": back from groups to channels, there.
+        factors: channel scales that no layer takes may stay a multiplication, which runs with what is in front of it.
         selects: operators that give values of their input, of whose scale their output is where both are quantized.
         products: products of two activations run in INT8, too; otherwise what only they read stays in floating point with them.
         residual: the other branch of an Add behind an INT8 layer is quantized too.
@@ -87,6 +88,7 @@ class Target:
     sums: frozenset[str] = frozenset()
     direct: bool = False
     channel_steps: bool = False
+    factors: bool = True
     selects: frozenset[str] = frozenset()
     products: bool = True
     rest: Literal["fp32", "fp16"] = "fp32"
@@ -171,6 +173,7 @@ TARGETS: Mapping[str, Target] = {
                 | ACTIVATIONS
             ),
             fused=ACTIVATIONS | {"Add", "Mul", "Reshape"},
+            factors=False,
             selects=frozenset({"Pad", "Slice"}),
             products=False,
         ),

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ptq3d.engines.operators import NUMBERS, OPERATORS
+from ptq3d.engines.triton.memory import lifetimes, place
 from ptq3d.engines.triton.steps import (
     PLAIN_EPILOGUE,
     Activation,
@@ -35,12 +36,19 @@ TYPES = {"int8": torch.int8, "fp16": torch.float16, "fp32": torch.float32, "int6
 
 
 class Executor:
-    """A program with its arena, which is poisoned before every run."""
+    """A program with its arena, which is poisoned before every run.
 
-    def __init__(self, program: Program, *, seed: int = 0) -> None:
+    Args:
+        wide: FP16 tensors are kept in FP32, in an arena that is planned for it: then only the order of sums may differ.
+    """
+
+    def __init__(self, program: Program, *, wide: bool = False) -> None:
+        self.types = {**TYPES, "fp16": torch.float32} if wide else TYPES
+        sizes = [buffer.size * self.types[buffer.dtype].itemsize for buffer in program.buffers]
+        self.places, total = place(sizes, lifetimes(program)) if wide else (program.places, program.arena_bytes)
         self.program = program
-        self.random = torch.Generator().manual_seed(seed)
-        self.arena = torch.zeros(program.arena_bytes, dtype=torch.uint8)
+        self.random = torch.Generator().manual_seed(0)
+        self.arena = torch.zeros(total, dtype=torch.uint8)
 
     def __call__(self, windows: np.ndarray) -> np.ndarray:
         """Real answers to (N, C, X, Y, Z) float32; int8 as it is."""
@@ -52,13 +60,14 @@ class Executor:
         return self.seen(self.program.output).clone().numpy()
 
     def memory(self, buffer: int) -> Tensor:
-        place, size = self.program.places[buffer], self.program.buffers[buffer]
-        return self.arena[place : place + size.nbytes].view(TYPES[size.dtype])
+        start, values = self.places[buffer], self.program.buffers[buffer]
+        dtype = self.types[values.dtype]
+        return self.arena[start : start + values.size * dtype.itemsize].view(dtype)
 
     def seen(self, view: View) -> Tensor:
         """What a view shows, to read and to write; nothing beyond its buffer."""
         memory = self.memory(view.buffer)
-        assert TYPES[view.dtype] == memory.dtype
+        assert self.types[view.dtype] == memory.dtype
         last = view.offset + sum((size - 1) * stride for size, stride in zip(view.shape, view.strides, strict=True))
         assert 0 <= view.offset <= last < len(memory)
         return memory.as_strided(view.shape, view.strides, memory.storage_offset() + view.offset)
@@ -231,14 +240,14 @@ def move(run: Executor, step: Move) -> None:
 def in_float(run: Executor, step: Float) -> None:
     places = NUMBERS.get(step.op, ())
     given: list[Any] = []
-    for place, one in enumerate(step.inputs):
+    for number, one in enumerate(step.inputs):
         if isinstance(one, View):
             assert one.dtype == "fp16"
             given.append(run.seen(one).float())
         elif one is None:
             given.append(None)
         else:
-            given.append(one.reshape(-1).tolist() if place in places else torch.from_numpy(np.array(one)))
+            given.append(one.reshape(-1).tolist() if number in places else torch.from_numpy(np.array(one)))
     run.seen(step.out).copy_(OPERATORS[step.op](step.attributes, *given))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from ptq3d.engines.triton.steps import (
 )
 from ptq3d.engines.triton.tails import Tail
 from ptq3d.engines.triton.views import as_matrix, canonical_order, dense_strides, order_of
+from ptq3d.errors import EngineError
 
 Form = Callable[[View], View | None]
 
@@ -86,7 +87,7 @@ class Assembly:
         if seen is None:
             seen = form(self.copied(view, order))
         if seen is None:
-            raise ValueError(f"a dense view of {view.shape} has no form for a kernel")
+            raise EngineError(f"no kernel of the triton engine reads a tensor of {view.shape}. Use --engine tensorrt.")
         return seen
 
     def whole(self, concat: str) -> View:
@@ -160,11 +161,19 @@ class Assembly:
         """A new buffer (N, C, 2) for the sums of an image."""
         return self.buffer(2 * view.shape[0] * view.shape[1], "int64")
 
-    def in_float(self, node: Node, why: str = "", attributes: Mapping[str, Any] | None = None) -> None:
-        """Leave an operator to PyTorch in FP16."""
+    def in_float(self, node: Node, why: str = "") -> None:
+        """Leave an operator to PyTorch in FP16.
+
+        Raises:
+            EngineError: something reads more of it than its first output.
+        """
+        if any(self.network.readers(name) or name == self.network.output for name in node.outputs[1:]):
+            raise EngineError(
+                f"{node.op} '{node.name}' has several outputs that are read, of which the triton engine knows the first only. "
+                "Use --engine onnxruntime, openvino or tensorrt."
+            )
         inputs = tuple(self._float_input(name) for name in node.inputs)
-        out = self.store(Tail((node.out,)))
-        self.emit(Float(node.name, out, node.op, dict(node.attributes if attributes is None else attributes), inputs))
+        self.emit(Float(node.name, self.store(Tail((node.out,))), node.op, dict(node.attributes), inputs))
         if why:
             self.layer(node, why)
 

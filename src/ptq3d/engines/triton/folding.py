@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -161,8 +161,3 @@ def channel_constant(network: Network, node: Node, name: str) -> Array | None:
     if any(size != 1 for place, size in enumerate(padded) if place != 1):
         return None
     return np.array(np.broadcast_to(values.reshape(-1).astype(np.float32), shape[1:2]))
-
-
-def unknown(nodes: Iterable[Node], known: frozenset[str]) -> tuple[Node, ...]:
-    """The nodes whose operator is in none of the lists."""
-    return tuple(node for node in nodes if node.op not in OPERATORS and node.op not in known)

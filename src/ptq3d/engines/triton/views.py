@@ -13,6 +13,7 @@ from ptq3d.engines.triton.network import Shape
 from ptq3d.engines.triton.steps import View
 
 IMAGE_ORDER = (0, 2, 3, 4, 1)
+WIDEST = 4096  # channels that axes may be joined to
 
 
 def canonical_order(rank: int) -> tuple[int, ...]:
@@ -63,7 +64,7 @@ def as_matrix(view: View, order: Sequence[int], inner: int = 1) -> View | None:
     seen = permuted(view, order)
     cut = len(order) - inner
     shape = (math.prod(seen.shape[:cut]), math.prod(seen.shape[cut:]))
-    matrix = reshaped(seen, shape)
+    matrix = reshaped(seen, shape) if inner == 1 or shape[1] <= WIDEST else None
     return matrix if matrix is not None and matrix.pitch is not None else None
 
 

@@ -84,11 +84,11 @@ class Assembly:
     def formed(self, view: View, form: Form, order: Sequence[int] | None = None) -> View:
         """A view in the form that a kernel takes, copied into a new buffer of that order first where it has no such form."""
         seen = form(view)
-        if seen is None:
-            seen = form(self.copied(view, order))
-        if seen is None:
-            raise EngineError(f"no kernel of the triton engine reads a tensor of {view.shape}. Use --engine tensorrt.")
-        return seen
+        return in_form(self.copied(view, order), form) if seen is None else seen
+
+    def target(self, tail: Tail, form: Form, order: Sequence[int] | None = None) -> View:
+        """Memory for what a step makes (`store`), in the form that its kernel writes."""
+        return in_form(self.store(tail, order), form)
 
     def whole(self, concat: str) -> View:
         """The buffer of a concat whose pieces are written into it."""
@@ -187,6 +187,18 @@ class Assembly:
         """Report a multiplying layer: INT8, or FP16 for a reason."""
         macs = multiplications(self.network, node)
         self.layers[node] = LayerPrecision(node.name, node.op, "fp16" if why else "int8", macs, why)
+
+
+def in_form(view: View, form: Form) -> View:
+    """A view in the form that a kernel takes.
+
+    Raises:
+        EngineError: it has no such form.
+    """
+    seen = form(view)
+    if seen is None:
+        raise EngineError(f"no kernel of the triton engine takes a tensor of {view.shape}. Use --engine tensorrt.")
+    return seen
 
 
 def multiplications(network: Network, node: Node) -> int:

@@ -133,7 +133,7 @@ def _pointwise(assembly: Assembly, title: str, name: str, tail: Tail, constants:
     form = partial(as_samples, order=order) if everywhere else partial(as_matrix, order=order, inner=inner)
     x = assembly.formed(view, form, order)
     epilogue = assembly.epilogue(tail, form, order)
-    out = assembly.formed(assembly.store(tail, order), form, order)
+    out = assembly.target(tail, form, order)
     factor, offset = (None if one is None else _arranged(one, order) for one in constants)
     assembly.emit(Pointwise(title, out, x, factor, offset, epilogue))
 

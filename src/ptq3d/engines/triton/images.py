@@ -62,7 +62,7 @@ def normalize_rows(assembly: Assembly, node: Node) -> None:
     x = assembly.formed(assembly.view(node.inputs[0]), form, rows)
     tail = tails.follow(network, node.out, assembly.computed)
     epilogue = assembly.epilogue(tail, form, rows)
-    out = assembly.formed(assembly.store(tail, rows), form)
+    out = assembly.target(tail, form, rows)
     values = [np.ascontiguousarray(one.reshape(-1), np.float32) for one in (scale, bias)]
     epsilon = float(node.attributes.get("epsilon", 1e-5))
     assembly.emit(NormalizeRows(node.name, out, x, values[0], values[1], epsilon, epilogue))

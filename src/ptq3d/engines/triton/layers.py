@@ -72,7 +72,7 @@ def linear(assembly: Assembly, node: Node) -> None:
     x = assembly.formed(assembly.view(node.inputs[0]), as_voxels, rows)
     tail, bias = _tail(assembly, node, channel=len(rows) - 1)
     epilogue = assembly.epilogue(tail, as_voxels, rows)
-    out = assembly.formed(assembly.store(tail, rows), as_voxels)
+    out = assembly.target(tail, as_voxels, rows)
     assembly.emit(Convolve(node.name, out, x, weight, multiplier, bias, epilogue=epilogue))
     assembly.layer(node)
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from ptq3d.engines.triton.arithmetic import EXACT, KINDS
+from ptq3d.engines.triton.arithmetic import KINDS
 from ptq3d.engines.triton.convolution_kernels import convolve, convolve_lines
-from ptq3d.engines.triton.place import Place
+from ptq3d.engines.triton.place import SLOTS, Launch, Place
 from ptq3d.engines.triton.steps import Convolve, Epilogue, Triple, Upsample, View
 from ptq3d.errors import EngineError
 
@@ -164,7 +163,9 @@ def _rows_of_runs(weight: Integers, product: Product, tile: Tile) -> Integers:
     for place in range(tile.group):
         for offset in range(kz):
             at = offset if tile.mode == "tap" else place * product.strides[2] + offset * product.dilations[2]
-            whole[place * copies : (place + 1) * copies, :outputs, :, :, at] = weight[..., offset].transpose(0, 1, 3, 4, 2)
+            whole[place * copies : (place + 1) * copies, :outputs, :, :, at] = weight[..., offset].transpose(
+                0, 1, 3, 4, 2
+            )
     leading = {"tap": (kx, ky, span), "line": (kx, ky), "all": ()}[tile.mode]
     runs = whole.reshape(copies * tile.group * padded, *leading, -1)
     filled = np.zeros((columns, *leading, run_of(product, tile)), np.int8)
@@ -172,17 +173,27 @@ def _rows_of_runs(weight: Integers, product: Product, tile: Tile) -> Integers:
     return filled
 
 
+def packed_bytes(product: Product, tile: Tile) -> int:
+    """The length of `packed`."""
+    offsets = 1 if tile.mode == "all" else product.kernel[0] * product.kernel[1] * (product.kernel[2] if tile.mode == "tap" else 1)
+    return columns_of(product, tile)[1] * offsets * run_of(product, tile)
+
+
 def fits(product: Product, tile: Tile) -> bool:
     """Whether a tiling can compute a step, and wastes little of it."""
-    channels, outputs = product.channels
-    wide = channels % 16 == 0 and channels & (channels - 1) == 0
+    channels = product.channels[0]
     if tile.lines > 1 and not (product.dense and product.kernel[1] > 1 and tile.mode != "all"):
         return False
     if tile.group > 1 and (product.copies > 1 or tile.mode == "tap" or product.kernel[2] == 1):
         return False
-    if tile.mode == "line" and not wide:
+    if tile.mode == "line" and channels % 16:
         return False
-    useful = channels * {"tap": 1, "line": span_of(product, tile), "all": math.prod(product.kernel[:2]) * span_of(product, tile)}[tile.mode]
+    useful = (
+        channels
+        * {"tap": 1, "line": span_of(product, tile), "all": math.prod(product.kernel[:2]) * span_of(product, tile)}[
+            tile.mode
+        ]
+    )
     return run_of(product, tile) <= max(1.4 * useful, 32) or (tile.mode == "tap" and channels < 32)
 
 
@@ -249,35 +260,41 @@ def _line(view: View) -> View:
     return replace(view, shape=shape, strides=(total, 1, total, total, pitch))
 
 
-def prepare_convolve(step: Convolve | Upsample, place: Place, tile: Tile) -> Callable[[], None]:
+def prepare_convolve(step: Convolve | Upsample, place: Place, tile: Tile) -> Launch:
     """The launch of a convolution.
 
     Raises:
         EngineError: a step that has no kernel.
     """
+    return launch_of(step, place, tile, place.constant(packed(step.weight, product_of(step), tile)))
+
+
+def launch_of(step: Convolve | Upsample, place: Place, tile: Tile, weights: Any) -> Launch:
+    """The launch of a convolution whose weights are packed.
+
+    Args:
+        step: its `weight` counts by its shape alone.
+        place: where its tensors are.
+        tile: how it is cut.
+        weights: (runs, columns, tile.run) int8 on the device, as `packed` gives them.
+    """
     step = flattened(step) if isinstance(step, Convolve) else step
     product = product_of(step)
     kernel: Any = convolve_lines if tile.lines > 1 else convolve
-    biased = step.bias is not None
-    multiplier = place.constant(step.multiplier)
-    out = place.view(step.out)
+    out, multiplier = place.view(step.out), place.constant(step.multiplier)
     tensors = (
         place.view(step.x),
-        place.constant(packed(step.weight, product, tile)),
+        weights,
         out,
         out if step.epilogue.other is None else place.view(step.epilogue.other),
         multiplier,
-        place.constant(step.bias) if step.bias is not None else multiplier,
+        multiplier if step.bias is None else place.constant(step.bias),
         multiplier if step.sums is None else place.sums(step.sums),
     )
-    settings = (*scalars(step.epilogue, step.out), *constants(step, product, tile))
-    told = flags(step.epilogue, step.out, biased=biased, summed=step.sums is not None)
-    grid = grid_of(step, product, tile)
-
-    def launch() -> None:
-        kernel[grid](*tensors, *settings, *told, num_warps=tile.warps, num_stages=tile.stages, **EXACT)
-
-    return launch
+    told = flags(step.epilogue, step.out, biased=step.bias is not None, summed=step.sums is not None)
+    values = (*tensors, *scalars(step.epilogue, step.out), *constants(step, product, tile), *told, SLOTS)
+    arguments = dict(zip(kernel.arg_names, values, strict=True))
+    return Launch(kernel, grid_of(step, product, tile), arguments, tile.warps, tile.stages)
 
 
 def simple_tile(product: Product) -> Tile:
@@ -286,8 +303,3 @@ def simple_tile(product: Product) -> Tile:
     columns = min(max(power_of_two(outputs), 16), 64)
     mode = "all" if product.channels[0] < 16 and product.copies == 1 else "tap"
     return Tile(mode, 1, 1, 64, columns, 32, 2, 4)
-
-
-def device_tensor(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
-    """A constant on the device."""
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device)

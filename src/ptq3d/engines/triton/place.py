@@ -16,6 +16,8 @@ from ptq3d.engines.triton.steps import View
 Blocks = Mapping[str, int]
 """Choices of speed alone, by name; a name that is missing takes the kernel's own value."""
 OWN_BLOCKS: Blocks = {}
+SLOTS = 32
+"""Copies of a buffer of sums: programs that add to it take turns among them."""
 
 
 class Place(Protocol):
@@ -28,7 +30,7 @@ class Place(Protocol):
         """An array on the device; the same tensor for the same array."""
 
     def sums(self, buffer: int) -> Tensor:
-        """A buffer of sums, (N, C, 2) int64; the engine fills it with zeros at the start of every run."""
+        """A buffer of sums, (SLOTS, N, C, 2) int64, all of whose copies count; the engine fills it with zeros at the start of every run."""
 
     def scratch(self, count: int, dtype: torch.dtype) -> Tensor:
         """(count,) values that nothing else writes."""
@@ -43,16 +45,23 @@ class Launch:
         grid: how many programs, along each axis.
         arguments: of the kernel, by name.
         warps: of 32 threads, in each program.
+        stages: of the pipeline that loads what a loop multiplies.
     """
 
     kernel: Any
     grid: tuple[int, ...]
     arguments: Mapping[str, Any]
     warps: int = 4
+    stages: int = 3
 
     def __call__(self) -> None:
         """Launch it on the current stream."""
-        self.kernel[self.grid](**self.arguments, num_warps=self.warps, **EXACT)
+        self.kernel[self.grid](**self.arguments, num_warps=self.warps, num_stages=self.stages, **EXACT)
+
+    def compile(self) -> None:
+        """Compile it into Triton's cache without running it; pointers may be `triton.runtime.jit.MockTensor`."""
+        options = {"num_warps": self.warps, "num_stages": self.stages, **EXACT}
+        self.kernel.warmup(**self.arguments, grid=self.grid, **options)
 
 
 @dataclass(frozen=True, eq=False)

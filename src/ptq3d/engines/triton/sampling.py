@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import triton
 import triton.language as tl
 
-from ptq3d.engines.triton.arithmetic import rounded
+from ptq3d.engines.triton.arithmetic import levels
 from ptq3d.engines.triton.place import OWN_BLOCKS, Blocks, Launch, Launches, Place
-from ptq3d.engines.triton.rows import BLOCK_VALUES, Tiling, channel_block, power_of_two
+from ptq3d.engines.triton.rows import BLOCK_VALUES, Tiling, as_float, channel_block, power_of_two
 from ptq3d.engines.triton.steps import Pool, Resize, View
 from ptq3d.errors import EngineError
+
+UNROLLED = 32  # taps whose loads are under way at once
 
 
 def prepare_pool(step: Pool, place: Place, *, blocks: Blocks = OWN_BLOCKS) -> Launches:
@@ -37,6 +40,7 @@ def prepare_pool(step: Pool, place: Place, *, blocks: Blocks = OWN_BLOCKS) -> La
         **tiling.arguments,
         "x_step": float(step.x.step),
         "out_step": float(step.out.step),
+        "UNROLL": min(math.prod(step.kernel), UNROLLED),
         "MAX": step.kind == "max",
         "INCLUDE": step.include_pads,
         "INTEGERS": step.out.dtype == "int8",
@@ -137,7 +141,7 @@ def _pool(
     n_stride, x_stride, y_stride, z_stride, out_n_stride, out_x_stride, out_y_stride, out_z_stride, x_step, out_step,
     KX: tl.constexpr, KY: tl.constexpr, KZ: tl.constexpr, SX: tl.constexpr, SY: tl.constexpr, SZ: tl.constexpr,
     PX: tl.constexpr, PY: tl.constexpr, PZ: tl.constexpr, MAX: tl.constexpr, INCLUDE: tl.constexpr,
-    INTEGERS: tl.constexpr,
+    INTEGERS: tl.constexpr, UNROLL: tl.constexpr,
     C: tl.constexpr, CHANNEL_BLOCKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     n, out_x, out_y, out_z, channel, mask = _voxel(
@@ -148,7 +152,7 @@ def _pool(
     least: tl.constexpr = -128 if whole else float("-inf")
     missing: tl.constexpr = least if MAX else 0
     best = tl.full((BLOCK_R, BLOCK_C), missing, tl.int32 if whole else tl.float32)
-    for tap in range(KX * KY * KZ):
+    for tap in tl.range(0, KX * KY * KZ, loop_unroll_factor=UNROLL):
         i = out_x * SX - PX + tap // (KY * KZ)
         j = out_y * SY - PY + tap // KZ % KY
         k = out_z * SZ - PZ + tap % KZ
@@ -158,14 +162,15 @@ def _pool(
         best = tl.maximum(best, q) if MAX else best + q
         count += inside.to(tl.int32)
     if MAX:
-        v = best
+        q = best.to(out.dtype.element_ty)
     else:
         taps = tl.full((BLOCK_R,), KX * KY * KZ, tl.int32) if INCLUDE else tl.maximum(count, 1)
-        v = best.to(tl.float32) * x_step / taps.to(tl.float32)[:, None]
+        v = best.to(tl.float32) * (x_step / taps.to(tl.float32))[:, None]
         if INTEGERS:
-            v = rounded(v, out_step)
+            v = levels(v, out_step)
+        q = v.to(out.dtype.element_ty)
     into = out + _at(n, out_x, out_y, out_z, out_n_stride, out_x_stride, out_y_stride, out_z_stride)
-    tl.store(into + channel[None, :], v.to(out.dtype.element_ty), mask=mask)
+    tl.store(into + channel[None, :], q, mask=mask)
 
 
 @triton.jit
@@ -191,7 +196,7 @@ def _line(x, n, i, j, before, behind, part, n_stride, x_stride, y_stride, z_stri
     second = x + _at(n, i, j, behind, n_stride, x_stride, y_stride, z_stride) + channel[None, :]
     a = tl.load(first, mask=mask, other=0)
     b = tl.load(second, mask=mask, other=0)
-    return _mixed(a.to(tl.float32), b.to(tl.float32), part)
+    return _mixed(as_float(a), as_float(b), part)
 
 
 @triton.jit
@@ -219,8 +224,11 @@ def _resize(
         there = x + _at(n, i, j, k, n_stride, x_stride, y_stride, z_stride) + channel[None, :]
         v = tl.load(there, mask=mask, other=0)
     if LINEAR or not SAME:
-        v = v.to(tl.float32) * ratio
+        v = as_float(v) * ratio
         if INTEGERS:
-            v = (tl.minimum(tl.maximum(v, -128.0), 127.0) + 12582912.0) - 12582912.0
+            v = (tl.minimum(tl.maximum(v, -128.0), 127.0) + 12582912.0).to(tl.int32, bitcast=True)  # as `levels` rounds
+        q = v.to(out.dtype.element_ty)
+    else:
+        q = v
     into = out + _at(n, out_x, out_y, out_z, out_n_stride, out_x_stride, out_y_stride, out_z_stride)
-    tl.store(into + channel[None, :], v.to(out.dtype.element_ty), mask=mask)
+    tl.store(into + channel[None, :], q, mask=mask)

@@ -125,7 +125,7 @@ def _sum(
     there = x + (sample * rows + start) * x_pitch + row[:, None] * x_pitch + channel[None, :]
     total = tl.zeros((BLOCK_R, BLOCK_C), tl.int32)
     squares = tl.zeros((BLOCK_R, BLOCK_C), tl.int32)
-    for turn in range(TURNS):
+    for turn in tl.range(0, TURNS, loop_unroll_factor=4):
         mask = (start + turn * BLOCK_R + row < rows)[:, None]
         if C % BLOCK_C != 0:
             mask = mask & exists[None, :]

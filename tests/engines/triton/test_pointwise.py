@@ -157,6 +157,19 @@ def test_enter_rounds_ties_to_even_and_saturates(device: torch.device) -> None:
 
 
 @settings(max_examples=40, deadline=None)
+@given(st.floats(2.0**-20, 8.0, width=32), st.integers(-6, 6))
+def test_enter_rounds_the_quotient_as_division_makes_it(device: torch.device, step: float, ulps: int) -> None:
+    memory = Memory(device)
+    middles = ((torch.arange(-130, 130).double() + 0.5) * step).float()
+    values = (middles.view(torch.int32) + ulps).view(torch.float32)
+    x = View(memory.filled(260, "fp32"), 0, (1, 1, 260, 1, 1), (260, 260, 1, 1, 1), "fp32")
+    memory.view(x).copy_(values.reshape(x.shape))
+    out = memory.image(x.shape, step=step)
+    prepare_enter(Enter("image", out, x), memory)()
+    assert torch.equal(memory.view(out).cpu().flatten(), levels(values, step).to(torch.int8))
+
+
+@settings(max_examples=40, deadline=None)
 @given(
     st.data(),
     st.lists(st.sampled_from([1, 2, 3, 4, 16]), min_size=2, max_size=5),

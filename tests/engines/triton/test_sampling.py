@@ -122,6 +122,17 @@ def ties(levels: torch.Tensor) -> torch.Tensor:
     return ((levels - levels.floor()) - 0.5).abs() < 1e-3
 
 
+@pytest.mark.parametrize("channels", [1, 16, 48])
+def test_doubling_rounds_what_is_exact(device: torch.device, channels: int) -> None:
+    memory = Memory(device, channels)
+    x, out = memory.image((2, channels, 3, 4, 5)), memory.image((2, channels, 6, 8, 10), around=(16, 0))
+    exact = F.interpolate(memory.real(x).double(), scale_factor=2, mode="trilinear")  # multiples of 1/64
+    rest = memory.rest(out)
+    prepare_resize(Resize("resize", out, x, "linear"), memory)()
+    assert torch.equal(memory.view(out).cpu(), torch.round(exact).to(torch.int8))
+    assert torch.equal(memory.rest(out), rest)
+
+
 def test_what_no_kernel_takes_is_refused(device: torch.device) -> None:
     memory = Memory(device)
     x, out = memory.image((1, 4, 4, 4, 4), step=0.1), memory.image((1, 4, 2, 2, 2), step=0.2)

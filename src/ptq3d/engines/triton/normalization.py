@@ -17,6 +17,7 @@ from ptq3d.engines.triton.place import OWN_BLOCKS, Blocks, Launch, Launches, Pla
 from ptq3d.engines.triton.rows import (
     BLOCK_VALUES,
     Tiling,
+    as_float,
     epilogue_arguments,
     pitch_of,
     power_of_two,
@@ -30,6 +31,7 @@ from ptq3d.engines.triton.steps import Normalize, NormalizeRows
 PROGRAMS = 1024  # that sum, about 8 for each multiprocessor
 SUM_VALUES = 2048  # of a program at once: a thread of 128 keeps two sums for each of its 16
 MOST_ROWS = 1 << 16  # of a program: 2^16 squares of at most 2^14 stay below 2^31
+MOMENTS = 1024  # sums that a program reads to make moments
 FEW = 4  # channels of a group; the sums of so few are read where they are used
 
 
@@ -54,7 +56,7 @@ def prepare_normalize(step: Normalize, place: Place, *, blocks: Blocks = OWN_BLO
     table = None
     if step.x.channels // step.groups > FEW:
         table = place.scratch(2 * tiling.samples * step.x.channels, torch.float32)
-        block = min(64, power_of_two(step.x.channels))
+        block = min(power_of_two(step.x.channels), max(1, MOMENTS // moments["PER_BLOCK"]))
         grid = (-(-step.x.channels // block), tiling.samples)
         launches.append(Launch(_moments, grid, {**moments, "table": table, "BLOCK_C": block}))
     arguments = {
@@ -112,7 +114,8 @@ def _summing(step: Normalize, place: Place, blocks: Blocks) -> Launch:
 @triton.jit
 def _sum(
     x, sums, rows, x_pitch,
-    CHANNELS: tl.constexpr, TURNS: tl.constexpr, C: tl.constexpr, CHANNEL_BLOCKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    CHANNELS: tl.constexpr, TURNS: tl.constexpr,
+    C: tl.constexpr, CHANNEL_BLOCKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     sample = tl.program_id(1).to(tl.int64)
     start = (tl.program_id(0) // CHANNEL_BLOCKS) * BLOCK_R * TURNS
@@ -122,7 +125,7 @@ def _sum(
     there = x + (sample * rows + start) * x_pitch + row[:, None] * x_pitch + channel[None, :]
     total = tl.zeros((BLOCK_R, BLOCK_C), tl.int32)
     squares = tl.zeros((BLOCK_R, BLOCK_C), tl.int32)
-    for turn in range(TURNS):
+    for turn in tl.range(0, TURNS, loop_unroll_factor=4):
         mask = (start + turn * BLOCK_R + row < rows)[:, None]
         if C % BLOCK_C != 0:
             mask = mask & exists[None, :]
@@ -165,9 +168,9 @@ def _moments(
     factor, offset = _factor_and_offset(
         sums, scale, bias, values, x_step, epsilon, channel, CHANNELS, PER_GROUP, PER_BLOCK
     )
-    into = table + (tl.program_id(1) * CHANNELS + channel) * 2
+    into = table + tl.program_id(1) * 2 * CHANNELS + channel
     tl.store(into, factor, mask=channel < CHANNELS)
-    tl.store(into + 1, offset, mask=channel < CHANNELS)
+    tl.store(into + CHANNELS, offset, mask=channel < CHANNELS)
 
 
 @triton.jit
@@ -182,16 +185,16 @@ def _normalize(
     q = read(x, x_pitch, first, row, channel, mask)
     there = read(other, other_pitch, first, row, channel, mask) if ADDS else q
     if READY:
-        of = table + (tl.program_id(1) * CHANNELS + channel % CHANNELS) * 2
+        of = table + tl.program_id(1) * 2 * CHANNELS + channel % CHANNELS
         factor = tl.load(of)
-        offset = tl.load(of + 1)
+        offset = tl.load(of + CHANNELS)
     else:
         factor, offset = _factor_and_offset(
             sums, scale, bias, values, x_step, epsilon, channel % CHANNELS, CHANNELS, PER_GROUP, PER_BLOCK
         )
-    v = q.to(tl.float32) * factor[None, :] + offset[None, :]
+    v = as_float(q) * factor[None, :] + offset[None, :]
     v = finish(
-        v, there, rounded_step, other_step, out_step,
+        v, as_float(there), rounded_step, other_step, out_step,
         KIND, low, high, ROUNDS, ADDS, LAST, last_low, last_high, INTEGERS,
     )  # fmt: skip
     write(out, v, out_pitch, first, row, channel, mask)
@@ -239,7 +242,7 @@ def _normalize_rows(
     first, row, channel, mask = tile(rows, C, CHANNEL_BLOCKS, BLOCK_R, BLOCK_C)
     q = read(x, x_pitch, first, row, channel, mask)
     there = read(other, other_pitch, first, row, channel, mask) if ADDS else q
-    v = q.to(tl.float32) * x_step
+    v = as_float(q) * x_step
     exists = channel < C
     mean = tl.sum(v, 1) / C
     v = tl.where(exists[None, :], v - mean[:, None], 0.0)
@@ -248,7 +251,7 @@ def _normalize_rows(
     offset = tl.load(bias + channel, mask=exists, other=0.0)
     v = v * (1.0 / deviation)[:, None] * factor[None, :] + offset[None, :]
     v = finish(
-        v, there, rounded_step, other_step, out_step,
+        v, as_float(there), rounded_step, other_step, out_step,
         KIND, low, high, ROUNDS, ADDS, LAST, last_low, last_high, INTEGERS,
     )  # fmt: skip
     write(out, v, out_pitch, first, row, channel, mask)

@@ -15,6 +15,7 @@ from ptq3d.engines.triton.place import OWN_BLOCKS, Blocks, Launch, Launches, Pla
 from ptq3d.engines.triton.rows import (
     BLOCK_VALUES,
     Tiling,
+    as_float,
     epilogue_arguments,
     pitch_of,
     power_of_two,
@@ -107,14 +108,14 @@ def _pointwise(
     first, row, channel, mask = tile(rows, C, CHANNEL_BLOCKS, BLOCK_R, BLOCK_C)
     q = read(x, x_pitch, first, row, channel, mask)
     there = read(other, other_pitch, first, row, channel, mask) if ADDS else q
-    v = q.to(tl.float32) * x_step
+    v = as_float(q) * x_step
     start = first - tl.program_id(1).to(tl.int64) * rows
     if FACTOR:
         v = v * _factor_of(factor, start, row, channel, mask, C, FACTOR)
     if OFFSET:
         v = v + _factor_of(offset, start, row, channel, mask, C, OFFSET)
     v = finish(
-        v, there, rounded_step, other_step, out_step,
+        v, as_float(there), rounded_step, other_step, out_step,
         KIND, low, high, ROUNDS, ADDS, LAST, last_low, last_high, INTEGERS,
     )  # fmt: skip
     write(out, v, out_pitch, first, row, channel, mask)
@@ -142,7 +143,7 @@ def prepare_enter(step: Enter, place: Place, *, blocks: Blocks = OWN_BLOCKS) -> 
         "sample_stride": step.x.strides[0],
         "channel_stride": step.x.strides[1],
         "voxel_stride": _voxel_stride(step.x),
-        "out_pitch": pitch_of(step.out),
+        "OUT_PITCH": pitch_of(step.out),
         "out_step": float(step.out.step),
         "C": channels,
         "BLOCK_R": block_r,
@@ -161,19 +162,21 @@ def _voxel_stride(view: View) -> int:
 
 @triton.jit
 def _enter(
-    x, out, voxels, sample_stride, channel_stride, voxel_stride, out_pitch, out_step,
+    x, out, voxels, sample_stride, channel_stride, voxel_stride, out_step, OUT_PITCH: tl.constexpr,
     C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, INTEGERS: tl.constexpr,
 ):  # fmt: skip
     sample = tl.program_id(1).to(tl.int64)
     start = tl.program_id(0) * BLOCK_R
     row = tl.arange(0, BLOCK_R)
     channel = tl.arange(0, BLOCK_C)
-    mask = (start + row < voxels)[:, None] & (channel < C)[None, :]
+    mask = (start + row < voxels)[:, None]
+    if C < BLOCK_C:
+        mask = mask & (channel < C)[None, :]
     from_ = x + sample * sample_stride + start.to(tl.int64) * voxel_stride
     channels_from = channel.to(tl.int64)[None, :] * channel_stride
     v = tl.load(from_ + channels_from + row[:, None] * voxel_stride, mask=mask, other=0.0)
     v = finish(v, v, 1.0, 1.0, out_step, 0, 0.0, 0.0, False, False, 0, 0.0, 0.0, INTEGERS)
-    write(out, v, out_pitch, sample * voxels + start, row, channel, mask)
+    write(out, v, OUT_PITCH, sample * voxels + start, row, channel, mask)
 
 
 def prepare_move(step: Move, place: Place) -> Callable[[], None]:

@@ -170,6 +170,14 @@ def read(tensor, pitch, first, row, channel, mask):
 
 @triton.jit
 def write(tensor, v, pitch, first, row, channel, mask):
-    """Values of a block, in the tensor's type."""
+    """Values of a block, as `finish` gives them, in the tensor's type."""
     there = tensor + first * pitch + row[:, None] * pitch + channel[None, :]
     tl.store(there, v.to(tensor.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def as_float(q):
+    """int8 or floating-point values as float32; int8 by its bits, since the instruction that converts it is slow."""
+    if q.dtype == tl.int8:
+        return ((q.to(tl.int32) & 255) ^ 0x4B000080).to(tl.float32, bitcast=True) - 8388736.0
+    return q.to(tl.float32)

@@ -7,14 +7,16 @@ first output. Source of each: the operator of that name in the ONNX specificatio
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import onnx_ir as ir
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ptq3d.errors import GraphError
+
+if TYPE_CHECKING:  # engines that have no onnx_ir compute with these, too
+    import onnx_ir as ir
 
 Operator = Callable[..., Tensor]
 TORCH_TYPES = {
@@ -48,6 +50,8 @@ def _list(numbers: Numbers) -> list[Any]:
 
 def attributes_of(node: ir.Node) -> dict[str, Any]:
     """The attributes of a node as plain Python values and tensors."""
+    import onnx_ir as ir
+
     values: dict[str, Any] = {}
     for name, attribute in node.attributes.items():
         value = attribute.value

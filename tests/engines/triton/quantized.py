@@ -1,0 +1,119 @@
+"""Small Q/DQ files: networks that the project quantizes for the target triton, and graphs written node by node."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import numpy as np
+import torch
+from onnx import numpy_helper
+
+from networks import NETWORKS, Builder, windows
+from ptq3d.engines import reference
+from ptq3d.engines.base import EngineOptions
+from ptq3d.engines.torch import ARTEFACT
+from ptq3d.graphs.batching import free_batch
+from ptq3d.graphs.export import export_network
+from ptq3d.graphs.files import load_graph, save_graph
+from ptq3d.graphs.passes import simplify
+from ptq3d.models import build_network
+from ptq3d.quantization import qdq
+from quantizing import observed_by_torch, planned
+
+ZOO: dict[str, dict[str, Any]] = {
+    "nnunet": {"channels": (4, 8, 16), "num_classes": 6, "window": (16, 8, 12)},
+    "segresnet": {"channels": (8, 16, 32), "num_classes": 6, "window": (16, 8, 12)},
+    "transunet": {"channels": (4, 8, 16), "num_classes": 6, "window": (16, 8, 12)},
+    "unet": {"channels": (4, 8, 16), "num_classes": 6, "window": (16, 8, 12)},
+}
+
+
+def freed(path: Path) -> Path:
+    """The same graph with a free first axis."""
+    model = simplify(load_graph(path))
+    free_batch(model)
+    save_graph(model, path.with_name("free.onnx"))
+    return path.with_name("free.onnx")
+
+
+def wanted(path: Path, x: np.ndarray) -> np.ndarray:
+    """What the reference engine answers to windows (n, C, X, Y, Z)."""
+    with reference.open(path.parent, EngineOptions()) as engine:
+        return engine(x)
+
+
+def quantize(fp32: Path, window: tuple[int, ...]) -> Path:
+    """A file quantized for the target triton, in a folder that engines open."""
+    images = [image[None] for image in windows(2, shape=(1, *window))]
+    seen = observed_by_torch(fp32, "triton", images)
+    model = simplify(load_graph(fp32))
+    path = fp32.with_name(ARTEFACT)
+    save_graph(qdq.write(model, planned(model, "triton", seen=seen)), path)
+    return path
+
+
+@cache
+def small(name: str) -> Path:
+    """A network of `NETWORKS`, quantized."""
+    return quantize(NETWORKS[name](Path(mkdtemp()) / "fp32.onnx"), (8, 12, 10))
+
+
+@cache
+def of_the_zoo(name: str) -> Path:
+    """A network of the zoo with few channels, norms and biases that do something, quantized."""
+    torch.manual_seed(0)
+    network, window = build_network(name, **ZOO[name]).eval(), ZOO[name]["window"]
+    for parameter in network.parameters():
+        if parameter.ndim == 1:
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    fp32 = Path(mkdtemp()) / "fp32.onnx"
+    save_graph(export_network(network, channels=1, window=window).model, fp32)
+    return quantize(fp32, window)
+
+
+class Graph(Builder):
+    """Q/DQ graphs by hand: `q` rounds a tensor, weights are INT8."""
+
+    def constant(self, *values: Any, dtype: Any = np.float32) -> str:
+        self.weights.append(numpy_helper.from_array(np.array(*values, dtype), f"w{len(self.weights)}"))
+        return f"w{len(self.weights) - 1}"
+
+    def q(self, x: str, step: float = 1 / 32) -> str:
+        parameters = (self.constant(step), self.constant(0, dtype=np.int8))
+        return self.add("DequantizeLinear", self.add("QuantizeLinear", x, *parameters), *parameters)
+
+    def integers(self, *shape: int, axis: int = 0) -> str:
+        """INT8 weights behind a DequantizeLinear with a step for each channel."""
+        values = self.constant(self.random.integers(-127, 128, shape), dtype=np.int8)
+        fan = np.sqrt(np.prod(shape) / shape[axis])
+        steps = self.constant(self.random.uniform(0.5, 1.5, shape[axis]) / 60 / fan)
+        return self.add("DequantizeLinear", values, steps, axis=axis)
+
+    def conv8(self, x: str, source: int, channels: int, kernel: int = 3, **attributes: Any) -> str:
+        weight = self.integers(channels, source // attributes.get("group", 1), kernel, kernel, kernel)
+        bias = self.weight(channels, spread=0.3)
+        return self.add("Conv", x, weight, bias, pads=[kernel // 2] * 6, **attributes)
+
+    def linear8(self, x: str, source: int, channels: int) -> str:
+        product = self.add("MatMul", x, self.integers(source, channels, axis=1))
+        return self.add("Add", product, self.weight(channels, spread=0.3))
+
+    def reshape(self, x: str, *shape: int) -> str:
+        return self.add("Reshape", x, self.constant(shape, dtype=np.int64))
+
+    def slice(self, x: str, first: int, last: int, axis: int, step: int = 1) -> str:
+        return self.add("Slice", x, *(self.constant([one], dtype=np.int64) for one in (first, last, axis, step)))
+
+    def finished(self, classes: int) -> Path:
+        path = Path(mkdtemp()) / ARTEFACT
+        return self.save(path, "logits", classes, opset=21)
+
+
+def written(build: Callable[[Graph], int]) -> Path:
+    """The file of a graph that a function writes; it gives the number of classes."""
+    graph = Graph(7)
+    return graph.finished(build(graph))

@@ -1,0 +1,247 @@
+"""A lowered program computes what the reference engine computes: integers bit for bit, floats within a step."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from executor import Executor
+from quantized import ZOO, Graph, freed, of_the_zoo, small, wanted, written
+
+from networks import NETWORKS, windows
+from ptq3d.engines.triton.lowering import lower
+from ptq3d.engines.triton.steps import Attend, Convolve, Float, Move, Normalize, Pointwise, Program, Upsample
+from ptq3d.errors import EngineError
+
+INTEGERS = ("unet", "meshnet")  # of NETWORKS: nothing between their layers is computed in floating point
+
+# FP16 may round a value to the integer beside the right one, and layers behind it add such up; in FP32 (`wide`) only sums differ
+AHEAD = 4
+
+
+def answers(program: Program, x: np.ndarray, *, wide: bool = False) -> np.ndarray:
+    batch = program.input.shape[0]
+    run = Executor(program, wide=wide)
+    return np.concatenate([run(x[first : first + batch]) for first in range(0, len(x), batch)])
+
+
+def kinds(program: Program) -> Counter[str]:
+    return Counter(type(step).__name__ for step in program.steps)
+
+
+def share_within(steps: int, got: np.ndarray, truth: np.ndarray) -> float:
+    """The part of the values that are no further apart than so many 127ths of the largest."""
+    return float((np.abs(got - truth) <= steps * np.abs(truth).max() / 127).mean())
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_small_networks_answer_as_the_reference_does(network: str, batch: int) -> None:
+    path, x = small(network), windows(2, seed=8)
+    program, truth = lower(freed(path) if batch > 1 else path, batch), wanted(path, x)
+    got = answers(program, x)
+    if network in INTEGERS:
+        np.testing.assert_array_equal(got, truth)
+        assert all(layer.precision == "int8" for layer in program.layers)
+    assert share_within(1, answers(program, x, wide=True), truth) >= 0.999
+    assert share_within(AHEAD, got, truth) >= 0.999
+    np.testing.assert_array_equal(answers(program, x), got)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("network", ZOO)
+def test_networks_of_the_zoo_answer_as_the_reference_does(network: str, batch: int) -> None:
+    path, x = of_the_zoo(network), windows(2, seed=8, shape=(1, *ZOO[network]["window"]))
+    program, truth = lower(freed(path) if batch > 1 else path, batch), wanted(path, x)
+    assert share_within(1, answers(program, x, wide=True), truth) >= 0.999
+    assert np.mean(answers(program, x).argmax(1) == truth.argmax(1)) > 0.98
+    if network != "transunet":
+        np.testing.assert_array_equal(answers(program, x), truth)
+
+
+@pytest.mark.parametrize("network", ["unet", "nnunet"])
+def test_concats_of_u_nets_cost_no_copy(network: str) -> None:
+    assert set(kinds(lower(of_the_zoo(network), 1))) <= {"Enter", "Convolve", "Upsample", "Normalize"}
+
+
+def test_norms_take_the_sums_of_the_convolutions_in_front_of_them() -> None:
+    program = lower(of_the_zoo("nnunet"), 1)
+    made = {step.out: step.sums for step in program.steps if isinstance(step, Convolve | Upsample)}
+    norms = [step for step in program.steps if isinstance(step, Normalize)]
+    assert norms
+    assert all(step.summed and step.sums == made[step.x] is not None for step in norms)
+    assert all(program.buffers[step.sums].size == 2 * step.x.shape[1] for step in norms)
+
+
+def groups(g: Graph) -> int:
+    """A residual block with GroupNorm as exporters write it, rounded at its ends only; a branch that two things read."""
+    x = g.q(g.conv8(g.q("image", 1 / 127), 1, 8))
+    for _ in range(2):
+        ones, zeros = g.constant(np.ones(4)), g.constant(np.zeros(4))
+        flat = g.add("InstanceNormalization", g.reshape(x, 1, 4, -1), ones, zeros, epsilon=1e-4)
+        back = g.reshape(flat, 1, 8, 8, 12, 10)
+        scaled = g.add("Add", g.add("Mul", back, g.weight(8, 1, 1, 1)), g.weight(8, 1, 1, 1))
+        deep = g.q(g.conv8(g.q(g.add("Relu", scaled)), 8, 8))
+        x = g.q(g.add("Relu", g.add("Add", x, deep)), 1 / 16)
+    g.conv8(x, 8, 3, 1)
+    return 3
+
+
+def attention(g: Graph) -> int:
+    """Attention in floating point between INT8 linear layers; q is scaled, and there are two masks."""
+    x = g.q(g.conv8(g.q("image", 1 / 127), 1, 24, 2, strides=[2, 2, 2], dilations=[1, 1, 1]))
+    x = g.slice(g.slice(g.slice(x, 0, 4, 2), 0, 6, 3), 0, 5, 4)
+    t = g.add("Transpose", g.reshape(x, 1, 24, 120), perm=[0, 2, 1])
+    three = g.reshape(g.linear8(t, 24, 72), 1, 120, 3, 4, 6)
+    three = g.add("Transpose", three, perm=[2, 0, 3, 1, 4])
+    q, k, v = (g.add("Gather", three, g.constant(place, dtype=np.int64), axis=0) for place in range(3))
+    k = g.add("Transpose", k, perm=[0, 1, 3, 2])
+    scores = g.add("MatMul", g.add("Mul", q, g.constant(0.4)), k)
+    scores = g.add("Add", g.add("Add", scores, g.weight(1, 4, 120, 120)), g.weight(1, 1, 120, 120))
+    mixed = g.add("MatMul", g.add("Softmax", scores, axis=-1), v)
+    mixed = g.q(g.reshape(g.add("Transpose", mixed, perm=[0, 2, 1, 3]), 1, 120, 24))
+    t = g.q(g.add("Add", t, g.q(g.linear8(mixed, 24, 24))))
+    t = g.q(g.add("LayerNormalization", t, g.weight(24), g.weight(24)))
+    t = g.q(g.add("Gelu", g.linear8(t, 24, 24)))
+    t = g.q(g.add("Add", t, g.weight(1, 120, 24)))
+    image = g.reshape(g.add("Transpose", t, perm=[0, 2, 1]), 1, 24, 4, 6, 5)
+    g.add("ConvTranspose", image, g.integers(24, 3, 2, 2, 2, axis=1), strides=[2, 2, 2])
+    return 3
+
+
+def windowed(g: Graph) -> int:
+    """What Swin does on channels last: pad, roll, cut into windows, back; and patch merging."""
+    x = g.q(g.conv8(g.q("image", 1 / 127), 1, 6))
+    x = g.q(g.add("LayerNormalization", g.add("Transpose", x, perm=[0, 2, 3, 4, 1]), g.weight(6), g.weight(6)))
+    x = g.add("Pad", x, g.constant([0, 0, 0, 0, 0, 0, 0, 3, 2, 0], dtype=np.int64))
+    for axis in (1, 2, 3):
+        x = g.add("Concat", g.slice(x, 2, 99, axis), g.slice(x, 0, 2, axis), axis=axis)
+    x = g.add("Transpose", g.reshape(x, 1, 2, 4, 3, 5, 3, 4, 6), perm=[0, 1, 3, 5, 2, 4, 6, 7])
+    x = g.q(g.linear8(g.reshape(x, 18, 80, 6), 6, 6))
+    x = g.add("Transpose", g.reshape(x, 1, 2, 3, 3, 4, 5, 4, 6), perm=[0, 1, 4, 2, 5, 3, 6, 7])
+    x = g.reshape(x, 1, 8, 15, 12, 6)
+    x = g.slice(g.slice(x, 0, 12, 2), 0, 10, 3)
+    pieces = [g.slice(g.slice(x, i, 99, 1, 2), j, 99, 2, 2) for i in (0, 1) for j in (0, 1)]
+    x = g.q(g.linear8(g.add("Concat", *pieces, axis=-1), 24, 5))
+    x = g.add("Transpose", x, perm=[0, 4, 1, 2, 3])
+    scales = g.constant([1, 1, 2, 2, 1])
+    x = g.q(g.add("Resize", x, "", scales, mode="linear", coordinate_transformation_mode="align_corners"))
+    g.conv8(x, 5, 3, 1)
+    return 3
+
+
+def mixed(g: Graph) -> int:
+    """Tensors read rounded and not rounded, concats of other steps, groups, a float layer, a sum of two activations."""
+    image = g.q("image", 1 / 127)
+    x = g.add("LeakyRelu", g.conv8(image, 1, 8), alpha=0.2)
+    rough = g.q(x, 1 / 8)
+    part = g.q(g.conv8(rough, 8, 8, group=4), 1 / 20)
+    rest = g.q(g.add("Add", part, g.q(g.add("Tanh", rough), 1 / 100)), 1 / 25)
+    joined = g.q(g.add("Concat", rough, part, rest, axis=1), 1 / 15)
+    pooled = g.q(g.add("AveragePool", joined, kernel_shape=[3, 3, 3], pads=[1] * 6), 1 / 40)
+    gate = g.add("Sigmoid", g.add("Mul", x, g.constant(0.5)))
+    float_layer = g.add("Conv", gate, g.weight(8, 8, 1, 1, 1))
+    last = g.add("Concat", g.conv8(pooled, 24, 8), float_layer, g.add("Clip", part, g.constant(-0.5), ""), axis=1)
+    g.conv8(g.q(last), 24, 4, 1)
+    return 4
+
+
+GRAPHS: dict[str, Callable[[Graph], int]] = {
+    "groups": groups,
+    "attention": attention,
+    "windowed": windowed,
+    "mixed": mixed,
+}
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_graphs_answer_as_the_reference_does(name: str) -> None:
+    path, x = written(GRAPHS[name]), windows(2, seed=8)
+    program, truth = lower(path, 1), wanted(path, x)
+    assert np.abs(truth).max() > 0.1
+    assert share_within(1, answers(program, x, wide=True), truth) == 1
+    assert share_within(AHEAD, answers(program, x), truth) >= 0.999
+
+
+def test_group_norms_and_residual_sums_are_no_steps_of_their_own() -> None:
+    assert kinds(lower(written(groups), 1)) == {"Enter": 1, "Convolve": 4, "Normalize": 2}
+
+
+def test_attention_is_one_step_with_its_scale_and_masks() -> None:
+    program = lower(written(attention), 1)
+    (step,) = [step for step in program.steps if isinstance(step, Attend)]
+    assert step.scale == pytest.approx(0.4)
+    assert step.mask is not None
+    assert step.mask.shape == (1, 4, 120, 120)
+    assert not [step for step in program.steps if isinstance(step, Float)]
+    floats = [layer for layer in program.layers if layer.precision == "fp16"]
+    assert [layer.macs for layer in floats] == [4 * 120 * 120 * 6] * 2
+    assert all("attention" in layer.why for layer in floats)
+
+
+def test_rows_are_copied_only_where_values_change_places() -> None:
+    """Four times to roll along each axis and pad; to cut and to mend windows, and four pieces to merge."""
+    moves = [step for step in lower(written(windowed), 1).steps if isinstance(step, Move)]
+    assert len(moves) == 1 + 3 * 2 + 2 + 4
+
+
+def test_what_is_not_int8_is_told_with_its_reason() -> None:
+    program = lower(written(mixed), 1)
+    (layer,) = [layer for layer in program.layers if layer.precision == "fp16"]
+    assert (layer.op, layer.why, layer.macs) == ("Conv", "its input is not quantized", 8 * 8 * 12 * 10 * 8)
+    assert any("Conv" in note for note in program.notes)
+    assert [type(step) for step in program.steps].count(Pointwise) < 12
+
+
+def test_a_fixed_batch_is_no_other() -> None:
+    with pytest.raises(EngineError, match=r"takes 1 window at a time, and 2 were asked for: use --batch 1"):
+        lower(small("unet"), 2)
+
+
+def test_macs_are_of_one_window_whatever_the_batch() -> None:
+    path = small("attention")
+    one, three = lower(path, 1), lower(freed(path), 3)
+    assert [layer.macs for layer in one.layers] == [layer.macs for layer in three.layers]
+    assert three.output.shape == (3, *one.output.shape[1:])
+
+
+def test_an_unknown_operator_is_named() -> None:
+    model = onnx.load(small("meshnet"))
+    next(node for node in model.graph.node if node.op_type == "Elu").op_type = "Softsign"
+    for node in model.graph.node:
+        if node.op_type == "Softsign":
+            del node.attribute[:]
+    with pytest.raises(EngineError, match=r"does not know Softsign 'elu_1'"):
+        lower(model, 1)
+
+
+def test_activations_with_a_zero_point_are_refused() -> None:
+    def shifted(g: Graph) -> int:
+        zero = g.constant(3, dtype=np.uint8)
+        step = g.constant(0.01)
+        x = g.add("DequantizeLinear", g.add("QuantizeLinear", "image", step, zero), step, zero)
+        g.conv8(x, 1, 2)
+        return 2
+
+    with pytest.raises(EngineError, match=r"uint8, zero-point \[3\].*--target triton"):
+        lower(written(shifted), 1)
+
+
+def test_it_needs_no_more_than_torch_numpy_and_onnx() -> None:
+    kept_out = ("onnx_ir", "onnxscript", "monai", "nibabel", "openvino", "onnxruntime", "scipy")
+    code = (
+        f"import sys\nfor name in {kept_out}: sys.modules[name] = None\n"
+        "from pathlib import Path\nfrom ptq3d.engines.triton.lowering import lower\n"
+        f"print(len(lower(Path({str(small('unet'))!r}), 1).steps))"
+    )
+    src = Path(__file__).parents[3] / "src"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONPATH": str(src)}
+    )
+    assert int(done.stdout) == len(lower(small("unet"), 1).steps)

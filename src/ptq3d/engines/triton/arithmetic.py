@@ -8,6 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ptq3d.engines.triton.steps import Activation
+
 EXACT = {"enable_fp_fusion": False}
 # Triton's interpreter rounds between the product and the sum of an fma
 FUSED = tl.constexpr(not triton.knobs.runtime.interpret)
@@ -23,6 +25,13 @@ KINDS = {
     "tanh": 7,
     "clip": 8,
 }
+STEEP = 9  # leaky_relu of a slope that is not in 0..1
+
+
+def kind_of(activation: Activation) -> int:
+    """The number by which kernels know an activation."""
+    steep = activation.kind == "leaky_relu" and not 0 <= activation.low <= 1
+    return STEEP if steep else KINDS[activation.kind]
 
 
 @triton.jit
@@ -31,7 +40,7 @@ def activate(v, kind: tl.constexpr, low, high):
     if kind == 1:
         v = tl.maximum(v, 0.0)
     elif kind == 2:
-        v = tl.where(v >= 0.0, v, v * low)
+        v = tl.maximum(v, v * low)
     elif kind == 3:
         v = tl.where(v > 0.0, v, low * (tl.exp(tl.minimum(v, 0.0)) - 1.0))
     elif kind == 4:
@@ -45,6 +54,8 @@ def activate(v, kind: tl.constexpr, low, high):
         v = 2.0 / (1.0 + tl.exp(-2.0 * v)) - 1.0
     elif kind == 8:
         v = tl.minimum(tl.maximum(v, low), high)
+    elif kind == 9:
+        v = tl.where(v >= 0.0, v, v * low)
     return v
 
 
@@ -53,8 +64,8 @@ def levels(v, step):
     """Float32 values as the int32 numbers clip(round_half_even(v / step), -128, 127).
 
     Adding 1.5 * 2^23 leaves no bit for a fraction, the addition rounds half to even, and the last bits of the sum are the integer;
-    limits are applied to v, so that infinity saturates, too. The quotient is the correctly rounded one: on a GPU as its division makes it, but with
-    the reciprocal of `step` made once (Markstein 1990: two corrections by exact remainders).
+    limits are applied to v, so that infinity saturates, too. The quotient is the correctly
+    rounded one: on a GPU as its division makes it, by two exact remainders (Markstein 1990), with the reciprocal made once.
     """
     v = tl.minimum(tl.maximum(v, -128.4 * step), 127.4 * step)
     if FUSED:

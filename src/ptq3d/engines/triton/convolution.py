@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ptq3d.engines.triton.arithmetic import KINDS
+from ptq3d.engines.triton.arithmetic import kind_of
 from ptq3d.engines.triton.convolution_kernels import convolve, convolve_lines
 from ptq3d.engines.triton.place import SLOTS, Launch, Place
 from ptq3d.engines.triton.steps import Convolve, Epilogue, Triple, Upsample, View
@@ -208,10 +208,10 @@ def flags(epilogue: Epilogue, out: View, *, biased: bool, summed: bool) -> tuple
     """What the kernels are compiled for: biased, kind, rounds, adds, last, integers, summed."""
     return (
         biased,
-        KINDS[epilogue.activation.kind],
+        kind_of(epilogue.activation),
         epilogue.rounded is not None,
         epilogue.other is not None,
-        KINDS[epilogue.last.kind],
+        kind_of(epilogue.last),
         out.dtype == "int8",
         summed,
     )

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from ptq3d.engines.triton.arithmetic import finish
+from ptq3d.engines.triton.rows import as_float
 
 
 @triton.jit
@@ -46,7 +47,7 @@ def store(
         v = v + tl.load(bias + channel, mask=real, other=0.0)[None, :]
     if adds:
         at = (rows * other_pitch)[:, None] + (place * other_pitch + channel)[None, :]
-        more = tl.load(other + at, mask=keep, other=0)
+        more = as_float(tl.load(other + at, mask=keep, other=0))
     else:
         more = v
     q = finish(

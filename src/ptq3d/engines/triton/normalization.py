@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ptq3d.engines.triton.arithmetic import finish
-from ptq3d.engines.triton.place import OWN_BLOCKS, Blocks, Launch, Launches, Place
+from ptq3d.engines.triton.place import OWN_BLOCKS, SLOTS, Blocks, Launch, Launches, Place
 from ptq3d.engines.triton.rows import (
     BLOCK_VALUES,
     Tiling,
@@ -31,12 +31,10 @@ from ptq3d.engines.triton.steps import Normalize, NormalizeRows
 PROGRAMS = 1024  # that sum, about 8 for each multiprocessor
 SUM_VALUES = 2048  # of a program at once: a thread of 128 keeps two sums for each of its 16
 MOST_ROWS = 1 << 16  # of a program: 2^16 squares of at most 2^14 stay below 2^31
-MOMENTS = 1024  # sums that a program reads to make moments
-FEW = 4  # channels of a group; the sums of so few are read where they are used
 
 
 def prepare_normalize(step: Normalize, place: Place, *, blocks: Blocks = OWN_BLOCKS) -> Launches:
-    """The launches of a Normalize step: sums where the step before left none, moments where groups are large, values.
+    """The launches of a Normalize step: sums where the step before left none, moments, values.
 
     `Place.sums` must be zero when the run starts.
 
@@ -53,12 +51,8 @@ def prepare_normalize(step: Normalize, place: Place, *, blocks: Blocks = OWN_BLO
     tiling = tiled(views, blocks, samples=step.x.shape[0])
     moments = _moments_arguments(step, place)
     launches = [] if step.summed else [_summing(step, place, blocks)]
-    table = None
-    if step.x.channels // step.groups > FEW:
-        table = place.scratch(2 * tiling.samples * step.x.channels, torch.float32)
-        block = min(power_of_two(step.x.channels), max(1, MOMENTS // moments["PER_BLOCK"]))
-        grid = (-(-step.x.channels // block), tiling.samples)
-        launches.append(Launch(_moments, grid, {**moments, "table": table, "BLOCK_C": block}))
+    table = place.scratch(2 * step.x.shape[0] * step.x.channels, torch.float32)
+    launches.append(Launch(_moments, (step.groups, step.x.shape[0]), {**moments, "table": table}))
     arguments = {
         "x": place.view(step.x),
         "out": place.view(step.out),
@@ -66,8 +60,7 @@ def prepare_normalize(step: Normalize, place: Place, *, blocks: Blocks = OWN_BLO
         "x_pitch": tiling.pitches[0],
         "out_pitch": tiling.pitches[1],
         "other_pitch": tiling.pitches[-1],
-        "READY": table is not None,
-        **moments,
+        "CHANNELS": step.x.channels,
         **tiling.arguments,
         **epilogue_arguments(step.epilogue, step.out, place),
     }
@@ -88,6 +81,7 @@ def _moments_arguments(step: Normalize, place: Place) -> dict[str, Any]:
         "CHANNELS": channels,
         "PER_GROUP": per_group,
         "PER_BLOCK": power_of_two(per_group),
+        "SLOTS": SLOTS,
     }
 
 
@@ -103,6 +97,7 @@ def _summing(step: Normalize, place: Place, blocks: Blocks) -> Launch:
         "sums": place.sums(step.sums),
         "x_pitch": tiling.pitches[0],
         "TURNS": turns,
+        "SLOTS": SLOTS,
         "CHANNELS": step.x.channels,
         **tiling.arguments,
         "BLOCK_R": block_rows,
@@ -114,7 +109,7 @@ def _summing(step: Normalize, place: Place, blocks: Blocks) -> Launch:
 @triton.jit
 def _sum(
     x, sums, rows, x_pitch,
-    CHANNELS: tl.constexpr, TURNS: tl.constexpr,
+    CHANNELS: tl.constexpr, SLOTS: tl.constexpr, TURNS: tl.constexpr,
     C: tl.constexpr, CHANNEL_BLOCKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     sample = tl.program_id(1).to(tl.int64)
@@ -133,65 +128,50 @@ def _sum(
         total += q
         squares += q * q
         there += BLOCK_R * x_pitch
-    into = sums + (sample * CHANNELS + channel % CHANNELS) * 2
+    slot = tl.program_id(0) % SLOTS
+    into = sums + ((slot * tl.num_programs(1) + sample) * CHANNELS + channel % CHANNELS) * 2
     tl.atomic_add(into, tl.sum(total, 0).to(tl.int64), mask=exists, sem="relaxed")
     tl.atomic_add(into + 1, tl.sum(squares, 0).to(tl.int64), mask=exists, sem="relaxed")
 
 
 @triton.jit
-def _factor_and_offset(
-    sums, scale, bias, values, x_step, epsilon, channel,
-    CHANNELS: tl.constexpr, PER_GROUP: tl.constexpr, PER_BLOCK: tl.constexpr,
+def _moments(
+    sums, scale, bias, table, values, x_step, epsilon,
+    CHANNELS: tl.constexpr, PER_GROUP: tl.constexpr, PER_BLOCK: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """v = q * factor + offset for some channels; mean and variance in float64, so that the difference of squares loses nothing."""
+    """v = q * factor + offset for the channels of a group; mean and variance in float64, so that their difference loses nothing."""
     member = tl.arange(0, PER_BLOCK)
-    group = (channel // PER_GROUP) * PER_GROUP
-    there = sums + ((tl.program_id(1) * CHANNELS + group)[:, None] + member[None, :]) * 2
-    mask = ((channel < CHANNELS)[:, None]) & (member < PER_GROUP)[None, :]
-    total = tl.sum(tl.load(there, mask=mask, other=0), 1).to(tl.float64)
-    squares = tl.sum(tl.load(there + 1, mask=mask, other=0), 1).to(tl.float64)
+    channel = tl.program_id(0) * PER_GROUP + member
+    exists = member < PER_GROUP
+    slot = tl.arange(0, SLOTS) * tl.num_programs(1) + tl.program_id(1)
+    there = sums + (slot[:, None] * CHANNELS + channel[None, :]) * 2
+    total = tl.sum(tl.sum(tl.load(there, mask=exists[None, :], other=0), 0), 0).to(tl.float64)
+    squares = tl.sum(tl.sum(tl.load(there + 1, mask=exists[None, :], other=0), 0), 0).to(tl.float64)
     one = tl.full((1,), 1.0, tl.float64) / values
     mean = total * one
     variance = tl.maximum(squares * one - mean * mean, 0.0)
     deviation = tl.sqrt_rn(variance.to(tl.float32) * x_step * x_step + epsilon)
-    factor = tl.load(scale + channel, mask=channel < CHANNELS, other=0.0) / deviation
-    offset = tl.load(bias + channel, mask=channel < CHANNELS, other=0.0) - mean.to(tl.float32) * x_step * factor
-    return factor * x_step, offset
-
-
-@triton.jit
-def _moments(
-    sums, scale, bias, table, values, x_step, epsilon,
-    CHANNELS: tl.constexpr, PER_GROUP: tl.constexpr, PER_BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    factor, offset = _factor_and_offset(
-        sums, scale, bias, values, x_step, epsilon, channel, CHANNELS, PER_GROUP, PER_BLOCK
-    )
+    factor = tl.load(scale + channel, mask=exists, other=0.0) / deviation
+    offset = tl.load(bias + channel, mask=exists, other=0.0) - mean.to(tl.float32) * x_step * factor
     into = table + tl.program_id(1) * 2 * CHANNELS + channel
-    tl.store(into, factor, mask=channel < CHANNELS)
-    tl.store(into + CHANNELS, offset, mask=channel < CHANNELS)
+    tl.store(into, factor * x_step, mask=exists)
+    tl.store(into + CHANNELS, offset, mask=exists)
 
 
 @triton.jit
 def _normalize(
-    x, other, out, sums, scale, bias, table, rows, x_pitch, other_pitch, out_pitch, values, x_step, epsilon,
+    x, other, out, table, rows, x_pitch, other_pitch, out_pitch,
     rounded_step, other_step, out_step, low, high, last_low, last_high,
     C: tl.constexpr, CHANNEL_BLOCKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-    CHANNELS: tl.constexpr, PER_GROUP: tl.constexpr, PER_BLOCK: tl.constexpr, READY: tl.constexpr,
+    CHANNELS: tl.constexpr,
     KIND: tl.constexpr, LAST: tl.constexpr, ROUNDS: tl.constexpr, ADDS: tl.constexpr, INTEGERS: tl.constexpr,
 ):  # fmt: skip
     first, row, channel, mask = tile(rows, C, CHANNEL_BLOCKS, BLOCK_R, BLOCK_C)
     q = read(x, x_pitch, first, row, channel, mask)
     there = read(other, other_pitch, first, row, channel, mask) if ADDS else q
-    if READY:
-        of = table + tl.program_id(1) * 2 * CHANNELS + channel % CHANNELS
-        factor = tl.load(of)
-        offset = tl.load(of + CHANNELS)
-    else:
-        factor, offset = _factor_and_offset(
-            sums, scale, bias, values, x_step, epsilon, channel % CHANNELS, CHANNELS, PER_GROUP, PER_BLOCK
-        )
+    of = table + tl.program_id(1) * 2 * CHANNELS + channel % CHANNELS
+    factor = tl.load(of)
+    offset = tl.load(of + CHANNELS)
     v = as_float(q) * factor[None, :] + offset[None, :]
     v = finish(
         v, as_float(there), rounded_step, other_step, out_step,

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from numpy.typing import NDArray
 
-from ptq3d.engines.triton.arithmetic import KINDS
+from ptq3d.engines.triton.arithmetic import kind_of
 from ptq3d.engines.triton.place import Blocks, Place
 from ptq3d.engines.triton.steps import Epilogue, View
 from ptq3d.errors import EngineError
@@ -140,8 +140,8 @@ def epilogue_arguments(epilogue: Epilogue, out: View, place: Place) -> dict[str,
         "high": float(epilogue.activation.high),
         "last_low": float(epilogue.last.low),
         "last_high": float(epilogue.last.high),
-        "KIND": KINDS[epilogue.activation.kind],
-        "LAST": KINDS[epilogue.last.kind],
+        "KIND": kind_of(epilogue.activation),
+        "LAST": kind_of(epilogue.last),
         "ROUNDS": epilogue.rounded is not None,
         "ADDS": epilogue.other is not None,
         "INTEGERS": out.dtype == "int8",

@@ -7,7 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import tempfile
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
@@ -96,6 +96,16 @@ def measured(launch: Launch) -> float:
         launch()
     except OutOfResources:
         return float("inf")
+    return time_of(launch)
+
+
+def times_of(launches: Sequence[Callable[[], None]]) -> list[float]:
+    """Median milliseconds of each of some launches that have run before."""
+    return [time_of(launch) for launch in launches]
+
+
+def time_of(launch: Callable[[], None]) -> float:
+    """Median milliseconds of a launch that has run before, several in a row in a CUDA graph, so that gaps do not count."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(IN_A_ROW):
@@ -107,7 +117,7 @@ def measured(launch: Launch) -> float:
         graph.replay()
         end.record()
         end.synchronize()
-        times.append(begin.elapsed_time(end))
+        times.append(begin.elapsed_time(end) / IN_A_ROW)
     return sorted(times)[REPETITIONS // 2]
 
 
@@ -158,5 +168,7 @@ def _write(device: torch.device, known: Mapping[str, Tile]) -> None:
     """Keep what was measured; a killed run leaves no half file."""
     path = _file(device)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as scratch:
-        scratch.write_text(json.dumps({name: astuple(tile) for name, tile in known.items()}, indent=0), encoding="utf-8")
+    text = json.dumps({name: astuple(tile) for name, tile in known.items()}, indent=0)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as scratch:
+        scratch.write(text)
+    os.replace(scratch.name, path)

@@ -16,6 +16,7 @@ BACKENDS: Mapping[str, str] = {
     "torch": "ptq3d.engines.torch",
     "inductor": "ptq3d.engines.inductor",
     "tensorrt": "ptq3d.engines.tensorrt",
+    "triton": "ptq3d.engines.triton",
     "reference": "ptq3d.engines.reference",
 }
 

@@ -8,7 +8,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ptq3d.engines.triton.steps import Activation
+
 EXACT = {"enable_fp_fusion": False}
+# Triton's interpreter rounds between the product and the sum of an fma
+FUSED = tl.constexpr(not triton.knobs.runtime.interpret)
 # activations by number: a kernel is compiled for one
 KINDS = {
     "none": 0,
@@ -21,6 +25,13 @@ KINDS = {
     "tanh": 7,
     "clip": 8,
 }
+STEEP = 9  # leaky_relu of a slope that is not in 0..1
+
+
+def kind_of(activation: Activation) -> int:
+    """The number by which kernels know an activation."""
+    steep = activation.kind == "leaky_relu" and not 0 <= activation.low <= 1
+    return STEEP if steep else KINDS[activation.kind]
 
 
 @triton.jit
@@ -29,7 +40,7 @@ def activate(v, kind: tl.constexpr, low, high):
     if kind == 1:
         v = tl.maximum(v, 0.0)
     elif kind == 2:
-        v = tl.where(v >= 0.0, v, v * low)
+        v = tl.maximum(v, v * low)
     elif kind == 3:
         v = tl.where(v > 0.0, v, low * (tl.exp(tl.minimum(v, 0.0)) - 1.0))
     elif kind == 4:
@@ -43,17 +54,28 @@ def activate(v, kind: tl.constexpr, low, high):
         v = 2.0 / (1.0 + tl.exp(-2.0 * v)) - 1.0
     elif kind == 8:
         v = tl.minimum(tl.maximum(v, low), high)
+    elif kind == 9:
+        v = tl.where(v >= 0.0, v, v * low)
     return v
 
 
 @triton.jit
-def rounded(v, step):
-    """Float32 values as the float32 integers clip(round_half_even(v / step), -128, 127).
+def levels(v, step):
+    """Float32 values as the int32 numbers clip(round_half_even(v / step), -128, 127).
 
-    Adding 1.5 * 2^23 leaves no bit for a fraction, and the addition rounds half to even; limits are integers, so they come first.
+    Adding 1.5 * 2^23 leaves no bit for a fraction, the addition rounds half to even, and the last bits of the sum are the integer;
+    limits are applied to v, so that infinity saturates, too. The quotient is the correctly
+    rounded one: on a GPU as its division makes it, by two exact remainders (Markstein 1990), with the reciprocal made once.
     """
-    levels = tl.minimum(tl.maximum(tl.div_rn(v, step), -128.0), 127.0)
-    return (levels + 12582912.0) - 12582912.0
+    v = tl.minimum(tl.maximum(v, -128.4 * step), 127.4 * step)
+    if FUSED:
+        inverse = tl.div_rn(1.0, step)
+        quotient = v * inverse
+        quotient = tl.fma(tl.fma(-step, quotient, v), inverse, quotient)
+        quotient = tl.fma(tl.fma(-step, quotient, v), inverse, quotient)
+    else:
+        quotient = tl.div_rn(v, step)
+    return (quotient + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
 
 
 @triton.jit
@@ -63,17 +85,17 @@ def finish(
     rounds: tl.constexpr, adds: tl.constexpr, last: tl.constexpr, last_low, last_high,
     integers: tl.constexpr,
 ):  # fmt: skip
-    """The epilogue of a step (`steps.Epilogue`) on float32 values; float32, whole numbers where `integers`.
+    """The epilogue of a step (`steps.Epilogue`) on float32 values: float32, or int32 where `integers`.
 
     Args:
         other: what is added where `adds`: int8 times `other_step`, or floats where `other_step` is 1.
     """
     v = activate(v, kind, low, high)
     if rounds:
-        v = rounded(v, rounded_step) * rounded_step
+        v = levels(v, rounded_step).to(tl.float32) * rounded_step
     if adds:
         v = v + other.to(tl.float32) * other_step
     v = activate(v, last, last_low, last_high)
     if integers:
-        v = rounded(v, out_step)
+        v = levels(v, out_step)
     return v

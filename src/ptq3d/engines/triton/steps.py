@@ -166,7 +166,7 @@ class Convolve(Step):
         strides, dilations: for each axis.
         pads: x, y, z before, then x, y, z behind.
         groups: of channels.
-        sums: a buffer (N, K, 2) int64 that takes the sum of the integers of `out` and of their squares, or None.
+        sums: a buffer (SLOTS, N, K, 2) int64 that takes the sum of the integers of `out` and of their squares, or None.
     """
 
     x: View
@@ -212,7 +212,7 @@ class Normalize(Step):
         groups: of channels.
         scale, bias: (C,) float32.
         epsilon: added to the variance.
-        sums: a buffer (N, C, 2) int64 with the sum of the integers of each channel, and of their squares.
+        sums: a buffer (SLOTS, N, C, 2) int64 with the sum of the integers of each channel, and of their squares.
         summed: whether the step that wrote `x` filled `sums`; else this one does.
     """
 

@@ -1,0 +1,87 @@
+"""Which tilings of a convolution are worth trying on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product as combinations
+
+from ptq3d.engines.triton.convolution import Product, Tile, columns_of, fits, power_of_two, simple_tile
+
+SHARED_BYTES = 225_000  # of shared memory that a program of Hopper or Ampere data-centre GPUs may take
+
+
+def shared_bytes(tile: Tile, kernel_y: int) -> int:
+    """What the pipeline of a tiling holds."""
+    lines, taps = (tile.lines + kernel_y - 1, kernel_y) if tile.lines > 1 else (1, 1)
+    return (lines * tile.rows + taps * tile.columns) * tile.run * tile.stages
+
+
+def sums_of_thread(tile: Tile) -> float:
+    """int32 sums in the registers of each thread."""
+    return tile.lines * tile.rows * tile.columns / (32 * tile.warps)
+
+
+def all_tiles(product: Product) -> Iterator[Tile]:
+    """Every tiling that can compute a product within the device's limits."""
+    outputs = product.channels[1] * product.copies
+    for mode, group, lines in combinations(("tap", "line", "all"), (1, 2, 4), (1, 2, 4)):
+        widest = power_of_two(outputs * group)
+        for (rows, warps), columns in combinations(((64, 4), (128, 4), (128, 8), (256, 8)), (16, 32, 64, 128, 256)):
+            if columns > max(widest, 16) or (columns < widest and columns < 64):
+                continue
+            for run, stages in combinations((32, 64, 128), (2, 3, 4)):
+                tile = Tile(mode, group, lines, rows, columns, run, stages, warps)
+                if not fits(product, tile) or not 8 <= sums_of_thread(tile) <= 140:
+                    continue
+                if shared_bytes(tile, product.kernel[1]) <= SHARED_BYTES and _wastes_little(product, tile):
+                    yield tile
+
+
+def _wastes_little(product: Product, tile: Tile) -> bool:
+    useful = product.channels[1] * product.copies * tile.group
+    return columns_of(product, tile)[1] <= 1.6 * useful or columns_of(product, tile)[1] <= 32
+
+
+# (rows, warps), columns at most, mode, group, lines, run, stages: what was among the fastest on Hopper for some layer; see
+# benchmarks/gpu-notes.md
+SHORTLIST = tuple(
+    Tile(*values)
+    for values in (
+        ("all", 1, 1, 128, 128, 64, 4, 4),
+        ("all", 1, 1, 128, 128, 128, 3, 4),
+        ("all", 1, 1, 128, 64, 64, 4, 4),
+        ("all", 1, 1, 256, 32, 32, 2, 8),
+        ("all", 2, 1, 256, 64, 64, 4, 8),
+        ("line", 1, 1, 128, 64, 64, 4, 4),
+        ("line", 1, 1, 256, 64, 32, 4, 8),
+        ("line", 1, 2, 64, 128, 32, 4, 4),
+        ("line", 1, 4, 64, 64, 64, 3, 4),
+        ("line", 1, 4, 128, 64, 64, 3, 8),
+        ("line", 1, 4, 128, 32, 32, 4, 4),
+        ("line", 1, 4, 128, 32, 64, 2, 8),
+        ("line", 2, 1, 256, 32, 64, 3, 8),
+        ("line", 2, 2, 128, 64, 64, 2, 4),
+        ("line", 2, 4, 64, 64, 64, 2, 4),
+        ("line", 2, 4, 128, 32, 64, 2, 8),
+        ("line", 2, 4, 256, 32, 32, 3, 8),
+        ("tap", 1, 1, 64, 128, 128, 4, 4),
+        ("tap", 1, 1, 128, 64, 128, 4, 4),
+        ("tap", 1, 1, 128, 128, 64, 3, 4),
+        ("tap", 1, 1, 256, 64, 64, 3, 8),
+        ("tap", 1, 2, 64, 64, 32, 3, 4),
+        ("tap", 1, 2, 128, 64, 64, 2, 4),
+        ("tap", 1, 2, 128, 32, 32, 2, 4),
+    )
+)
+
+
+def worth_trying(product: Product) -> list[Tile]:
+    """The tilings that are measured for a product: those of the shortlist, narrowed to it, or the one that always works."""
+    widest = max(power_of_two(product.channels[1] * product.copies), 16)
+    found: dict[Tile, None] = {}
+    for tile in SHORTLIST:
+        narrow = replace(tile, columns=min(tile.columns, power_of_two(widest * tile.group)))
+        if fits(product, narrow) and shared_bytes(narrow, product.kernel[1]) <= SHARED_BYTES and _wastes_little(product, narrow):
+            found[narrow] = None
+    return list(found) or [simple_tile(product)]

@@ -1,0 +1,174 @@
+"""The tiling of each convolution: measured once for a device, and kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from dataclasses import astuple, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ptq3d.cache import cache_folder
+from ptq3d.engines.triton.convolution import (
+    Product,
+    Tile,
+    flattened,
+    launch_of,
+    packed_bytes,
+    product_of,
+    simple_tile,
+)
+from ptq3d.engines.triton.place import Launch, Place
+from ptq3d.engines.triton.steps import Convolve, Upsample
+from ptq3d.engines.triton.tiles import worth_trying
+from ptq3d.errors import EngineError, line_of
+from ptq3d.progress import Progress, silent
+
+Weighted = Convolve | Upsample
+REPETITIONS, IN_A_ROW = 5, 3
+VERSION = 1  # of the kernels: what was measured with others does not count
+
+
+def problem(step: Weighted) -> str:
+    """Everything of a step that its speed depends on, as one line."""
+    step = flattened(step) if isinstance(step, Convolve) else step
+    product = product_of(step)
+    views = [f"{view.dtype}/{view.pitch}" for view in (step.x, step.out, step.epilogue.other) if view is not None]
+    numbers = json.dumps(astuple(product), separators=(",", ":"))
+    first, last = step.epilogue.activation.kind, step.epilogue.last.kind
+    summed = "sums" if step.sums is not None else "plain"
+    return f"{step.x.shape[0]} {numbers} {' '.join(views)} {first} {last} {step.epilogue.rounded is not None} {summed}"
+
+
+def choose(steps: Sequence[Weighted], place: Place, device: torch.device, *, progress: Progress = silent) -> list[Tile]:
+    """A tiling for each step: the fastest that was measured on this kind of device.
+
+    What was not measured yet is measured now, a few seconds for a problem, and kept under `cache_folder()`. In Triton's
+    interpreter nothing is measured.
+
+    Args:
+        steps: convolutions with their tensors in `place`, which are overwritten.
+        place: their memory.
+        device: where it is.
+        progress: told how many of the new problems are measured.
+    """
+    if device.type != "cuda":
+        return [simple_tile(product_of(flattened(step) if isinstance(step, Convolve) else step)) for step in steps]
+    known = _read(device)
+    fresh = {problem(step): step for step in steps if problem(step) not in known}
+    tried = {name: worth_trying(_product(step)) for name, step in fresh.items()}
+    compile_ahead([(step, tile) for name, step in fresh.items() for tile in tried[name]])
+    for number, (name, step) in enumerate(fresh.items()):
+        known[name] = fastest(step, tried[name], place)
+        progress(number + 1, len(fresh))
+    if fresh:
+        _write(device, known)
+    return [known[problem(step)] for step in steps]
+
+
+def _product(step: Weighted) -> Product:
+    return product_of(flattened(step) if isinstance(step, Convolve) else step)
+
+
+def fastest(step: Weighted, tiles: Sequence[Tile], place: Place) -> Tile:
+    """The tiling that takes least time."""
+    product = _product(step)
+    device = place.view(step.out).device
+    times: dict[Tile, float] = {}
+    for tile in tiles:
+        weights = torch.randint(-127, 128, (packed_bytes(product, tile),), dtype=torch.int8, device=device)
+        times[tile] = measured(launch_of(step, place, tile, weights))
+    return min(times, key=lambda tile: times[tile])
+
+
+def measured(launch: Launch) -> float:
+    """Median milliseconds of a launch in a CUDA graph; infinite where the device cannot run it."""
+    from triton.runtime.errors import OutOfResources
+
+    try:
+        launch()
+    except OutOfResources:
+        return float("inf")
+    return time_of(launch)
+
+
+def times_of(launches: Sequence[Callable[[], None]]) -> list[float]:
+    """Median milliseconds of each of some launches that have run before."""
+    return [time_of(launch) for launch in launches]
+
+
+def time_of(launch: Callable[[], None]) -> float:
+    """Median milliseconds of a launch that has run before, several in a row in a CUDA graph, so that gaps do not count."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(IN_A_ROW):
+            launch()
+    times = []
+    for _ in range(REPETITIONS):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / IN_A_ROW)
+    return sorted(times)[REPETITIONS // 2]
+
+
+@dataclass(frozen=True)
+class Stub:
+    """Weights of which only the shape counts."""
+
+    shape: tuple[int, ...]
+
+
+def compile_ahead(jobs: Sequence[tuple[Weighted, Tile]]) -> None:
+    """Compile kernels in as many processes as there are cores; whatever they miss is compiled when it is launched."""
+    workers = min(len(os.sched_getaffinity(0)), -(-len(jobs) // 4))
+    if workers < 2:
+        return
+    light: list[Any] = [(replace(step, weight=Stub(step.weight.shape)), tile) for step, tile in jobs]  # type: ignore[arg-type]
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    with tempfile.TemporaryDirectory() as folder:
+        running = []
+        for worker in range(workers):
+            job = Path(folder) / f"{worker}.pickle"
+            job.write_bytes(pickle.dumps(light[worker::workers]))
+            command = [sys.executable, "-m", "ptq3d.engines.triton.ahead", str(job)]
+            running.append(subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}))
+        for process in running:
+            process.wait()
+
+
+def _file(device: torch.device) -> Path:
+    import triton
+
+    name = "".join(letter if letter.isalnum() else "-" for letter in torch.cuda.get_device_name(device))
+    return cache_folder() / "triton" / f"{name}-{triton.__version__}-{VERSION}.json"
+
+
+def _read(device: torch.device) -> dict[str, Tile]:
+    """What was measured on this kind of device."""
+    path = _file(device)
+    if not path.is_file():
+        return {}
+    try:
+        return {name: Tile(*values) for name, values in json.loads(path.read_text(encoding="utf-8")).items()}
+    except (ValueError, TypeError) as error:
+        raise EngineError(f"{path} cannot be read as measured tilings ({line_of(error)}). Delete it.") from error
+
+
+def _write(device: torch.device, known: Mapping[str, Tile]) -> None:
+    """Keep what was measured; a killed run leaves no half file."""
+    path = _file(device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({name: astuple(tile) for name, tile in known.items()}, indent=0)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as scratch:
+        scratch.write(text)
+    os.replace(scratch.name, path)

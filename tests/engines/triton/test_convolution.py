@@ -1,0 +1,246 @@
+"""Convolutions and ConvTransposes equal the reference engine's arithmetic bit for bit, however they are cut into tiles."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ptq3d.engines.triton.convolution import Tile, fits, packed, prepare_convolve, product_of
+from ptq3d.engines.triton.place import SLOTS
+from ptq3d.engines.triton.steps import Activation, Convolve, Epilogue, Upsample, View
+
+RELU = Activation("relu")
+LEAKY = Activation("leaky_relu", 0.01)
+
+
+class Memory:
+    """A `Place` of tensors by buffer number."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.buffers = device, dict[int, Tensor]()
+
+    def add(self, values: Tensor) -> int:
+        self.buffers[len(self.buffers)] = values.contiguous().to(self.device)
+        return len(self.buffers) - 1
+
+    def view(self, view: View) -> Tensor:
+        return torch.as_strided(self.buffers[view.buffer], view.shape, view.strides, view.offset)
+
+    def constant(self, array: npt.NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+
+    def sums(self, buffer: int) -> Tensor:
+        return self.buffers[buffer]
+
+    def scratch(self, count: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(count, dtype=dtype, device=self.device)
+
+
+def image(
+    memory: Memory, shape: tuple[int, ...], step: float, *, pitch: int = 0, at: int = 0, fill: int | None = None
+) -> View:
+    """An int8 image in channels `at`.. of one with `pitch` channels."""
+    n, c, x, y, z = shape
+    pitch = pitch or c
+    values = torch.randint(-128, 128, (n, x, y, z, pitch), dtype=torch.int8)
+    if fill is not None:
+        values.fill_(fill)
+    strides = (x * y * z * pitch, 1, y * z * pitch, z * pitch, pitch)
+    return View(memory.add(values), at, shape, strides, "int8", step)
+
+
+def quantized(v: Tensor, step: float) -> Tensor:
+    return torch.round(v / torch.tensor(step)).clamp(-128, 127)
+
+
+def activated(v: Tensor, activation: Activation) -> Tensor:
+    return {"none": lambda v: v, "relu": torch.relu, "leaky_relu": lambda v: F.leaky_relu(v, activation.low)}[
+        activation.kind
+    ](v)
+
+
+def expected(step: Convolve | Upsample, memory: Memory) -> Tensor:
+    """What the reference engine's operations make of a step, one after another."""
+    x = memory.view(step.x).cpu().double()
+    weight = torch.from_numpy(step.weight).double()
+    if isinstance(step, Convolve):
+        padded = F.pad(x, [step.pads[place] for axis in (2, 1, 0) for place in (axis, axis + 3)])
+        total = F.conv3d(padded, weight, None, step.strides, 0, step.dilations)
+    else:
+        total = F.conv_transpose3d(x, weight, None, step.weight.shape[2:])
+    along = (1, -1, 1, 1, 1)
+    v = total.float() * torch.from_numpy(step.multiplier).view(along)
+    if step.bias is not None:
+        v = v + torch.from_numpy(step.bias).view(along)
+    v = activated(v, step.epilogue.activation)
+    if step.epilogue.rounded is not None:
+        v = quantized(v, step.epilogue.rounded) * torch.tensor(step.epilogue.rounded)
+    if step.epilogue.other is not None:
+        v = v + memory.view(step.epilogue.other).cpu().float() * torch.tensor(step.epilogue.other.step)
+    v = activated(v, step.epilogue.last)
+    return quantized(v, step.out.step).to(torch.int8) if step.out.dtype == "int8" else v
+
+
+def weights(*shape: int) -> npt.NDArray[np.int8]:
+    return np.random.default_rng(0).integers(-127, 128, shape).astype(np.int8)
+
+
+def checked(step: Convolve | Upsample, memory: Memory, tile: Tile) -> None:
+    wanted = expected(step, memory)
+    prepare_convolve(step, memory, tile)()
+    assert torch.equal(memory.view(step.out).cpu(), wanted)
+    if step.sums is not None:
+        integers = wanted.long()
+        both = torch.stack([integers.sum((2, 3, 4)), (integers * integers).sum((2, 3, 4))], -1)
+        assert torch.equal(memory.sums(step.sums).sum(0).cpu(), both)
+
+
+def convolution(  # noqa: PLR0913
+    memory: Memory,
+    channels: tuple[int, int],
+    size: tuple[int, int, int] = (4, 5, 7),
+    *,
+    kernel: tuple[int, int, int] = (3, 3, 3),
+    strides: tuple[int, int, int] = (1, 1, 1),
+    dilations: tuple[int, int, int] = (1, 1, 1),
+    samples: int = 2,
+) -> Convolve:
+    c, k = channels
+    pads = tuple((size - 1) * dilation // 2 for size, dilation in zip(kernel, dilations, strict=True))
+    out = tuple(
+        (n + 2 * p - d * (s - 1) - 1) // t + 1
+        for n, p, d, s, t in zip(size, pads, dilations, kernel, strides, strict=True)
+    )
+    generator = np.random.default_rng(1)
+    return Convolve(
+        "conv",
+        image(memory, (samples, k, *out), 0.05, fill=77),
+        image(memory, (samples, c, *size), 0.02),
+        weights(k, c, *kernel),
+        (generator.random(k) * 1e-3).astype(np.float32),
+        generator.normal(size=k).astype(np.float32),
+        strides,
+        dilations,
+        (*pads, *pads),
+        epilogue=Epilogue(RELU),
+        sums=memory.add(torch.zeros(SLOTS, samples, k, 2, dtype=torch.int64)),
+    )
+
+
+TILES = [
+    Tile("tap", 1, 1, 64, 32, 32, 2, 4),
+    Tile("line", 1, 1, 64, 32, 32, 3, 4),
+    Tile("line", 2, 1, 64, 32, 64, 2, 4),
+    Tile("line", 4, 1, 64, 64, 32, 2, 4),
+    Tile("tap", 1, 2, 64, 32, 32, 2, 4),
+    Tile("tap", 1, 4, 64, 16, 32, 2, 4),
+    Tile("line", 2, 2, 64, 32, 64, 2, 4),
+    Tile("line", 2, 4, 64, 64, 32, 2, 4),
+]
+
+
+@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize("channels", [(16, 16), (32, 20), (64, 32)])
+def test_every_tiling_gives_the_same_integers(device: torch.device, tile: Tile, channels: tuple[int, int]) -> None:
+    memory = Memory(device)
+    checked(convolution(memory, channels), memory, tile)
+
+
+@pytest.mark.parametrize("channels", [(1, 16), (2, 7), (3, 5), (7, 5), (20, 33), (48, 48)])
+def test_odd_channels(device: torch.device, channels: tuple[int, int]) -> None:
+    for tile in (
+        Tile("tap", 1, 1, 64, 16, 32, 2, 4),
+        Tile("all", 1, 1, 64, 32, 64, 2, 4),
+        Tile("all", 2, 1, 64, 32, 64, 2, 4),
+    ):
+        memory = Memory(device)
+        checked(convolution(memory, channels, samples=1), memory, tile)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "strides", "dilations"),
+    [
+        ((1, 1, 1), (1, 1, 1), (1, 1, 1)),
+        ((3, 3, 3), (2, 2, 2), (1, 1, 1)),
+        ((1, 3, 3), (1, 2, 2), (1, 1, 1)),
+        ((3, 3, 3), (1, 1, 1), (2, 1, 2)),
+        ((2, 2, 2), (2, 2, 2), (1, 1, 1)),
+        ((5, 1, 7), (1, 1, 1), (1, 1, 1)),
+        ((3, 3, 3), (2, 1, 2), (1, 2, 1)),
+        ((1, 1, 1), (2, 2, 2), (1, 1, 1)),
+    ],
+)
+def test_kernels_strides_and_dilations(
+    device: torch.device, kernel: tuple[int, int, int], strides: tuple[int, int, int], dilations: tuple[int, int, int]
+) -> None:
+    for tile in (
+        Tile("tap", 1, 1, 64, 16, 32, 2, 4),
+        Tile("line", 2, 1, 64, 32, 32, 2, 4),
+        Tile("all", 1, 1, 64, 16, 128, 2, 4),
+    ):
+        memory = Memory(device)
+        step = convolution(memory, (16, 16), (5, 6, 9), kernel=kernel, strides=strides, dilations=dilations, samples=1)
+        checked(step, memory, tile)
+
+
+@pytest.mark.parametrize("activation", [Activation(), RELU, LEAKY])
+@pytest.mark.parametrize("dtype", ["int8", "fp32"])
+def test_the_epilogue(device: torch.device, activation: Activation, dtype: str) -> None:
+    memory = Memory(device)
+    step = convolution(memory, (16, 16), samples=2)
+    residual = image(memory, step.out.shape, 0.03, pitch=48, at=16)
+    step = replace(step, bias=None, sums=None, epilogue=Epilogue(activation, 0.04, residual, RELU))
+    if dtype == "fp32":
+        buffer = memory.add(torch.full((2, 4, 5, 7, 16), 7.0))
+        step = replace(step, out=replace(step.out, buffer=buffer, dtype="fp32", step=1.0))
+    for tile in (TILES[0], TILES[2], TILES[5]):
+        checked(step, memory, tile)
+
+
+def test_channel_slices_leave_their_neighbours_alone(device: torch.device) -> None:
+    memory = Memory(device)
+    step = convolution(memory, (16, 16), samples=2)
+    whole = image(memory, step.out.shape, 0.05, pitch=40, at=16, fill=77)
+    step = replace(step, out=whole, x=image(memory, step.x.shape, 0.02, pitch=32, at=16))
+    for tile in TILES[:6]:
+        memory.buffers[whole.buffer].fill_(77)
+        memory.sums(step.sums or 0).zero_()
+        checked(step, memory, tile)
+        stored = memory.buffers[whole.buffer].cpu()
+        assert bool((stored[..., :16] == 77).all())
+        assert bool((stored[..., 32:] == 77).all())
+
+
+@pytest.mark.parametrize("factor", [(2, 2, 2), (1, 2, 2), (2, 1, 3)])
+@pytest.mark.parametrize("channels", [(32, 16), (20, 7)])
+def test_transposed_convolutions(device: torch.device, factor: tuple[int, int, int], channels: tuple[int, int]) -> None:
+    memory = Memory(device)
+    c, k = channels
+    size = (3, 4, 5)
+    generator = np.random.default_rng(2)
+    out = tuple(n * f for n, f in zip(size, factor, strict=True))
+    step = Upsample(
+        "up",
+        image(memory, (2, k, *out), 0.05, pitch=k + 16, at=0, fill=77),
+        image(memory, (2, c, *size), 0.02),
+        weights(c, k, *factor),
+        (generator.random(k) * 1e-3).astype(np.float32),
+        generator.normal(size=k).astype(np.float32),
+        sums=memory.add(torch.zeros(SLOTS, 2, k, 2, dtype=torch.int64)),
+    )
+    checked(step, memory, Tile("tap", 1, 1, 64, 32, 32, 2, 4))
+
+
+def test_packed_weights_hold_every_weight(device: torch.device) -> None:
+    memory = Memory(device)
+    step = convolution(memory, (16, 16))
+    for tile in TILES:
+        if fits(product_of(step), tile):
+            values = packed(step.weight, product_of(step), tile)
+            assert np.abs(values.astype(np.int64)).sum() == tile.group * np.abs(step.weight.astype(np.int64)).sum()

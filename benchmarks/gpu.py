@@ -75,7 +75,7 @@ def opened(model: onnx.ModelProto, batch: int) -> Runner:
     """Ours: the only place that knows the engine's interface."""
     from ptq3d.engines.triton.engine import TritonEngine
 
-    engine = TritonEngine.of_model(model, batch=batch, device="cuda")
+    engine = TritonEngine(model, batch=batch, device=torch.device("cuda"))
     out = engine.program.output
     step = float(out.step) if out.dtype == "int8" else 1.0
     return Runner(engine.static_input, engine.static_output, engine.replay, step, engine)

@@ -38,13 +38,13 @@ def bytes_of(step: kinds.Step) -> int:
 def table_of_steps(engine: Any, limits: dict[str, Any]) -> list[dict[str, Any]]:
     """Every step with what bounds it: the measured peak of its type, and the measured bandwidth."""
     rows = []
-    for step, (name, kind, ms) in zip(engine.program.steps, engine.step_times(), strict=True):
+    for step, ms in engine.step_times():
         integer = isinstance(step, (kinds.Convolve, kinds.Upsample))
         peak = limits["int8_measured" if integer else "fp16_measured"]
         macs, moved = macs_of(step), bytes_of(step)
         bounds = {"arithmetic": 2e3 * macs / peak, "bytes": 1e3 * moved / limits["bytes_measured"]}
         bound = max(bounds, key=lambda one: bounds[one])
-        row = {"name": name, "kind": kind, "ms": ms, "gmac": macs / 1e9, "mbytes": moved / 1e6}
+        row = {"name": step.name, "kind": type(step).__name__, "ms": ms, "gmac": macs / 1e9, "mbytes": moved / 1e6}
         rows.append(row | {"roofline_ms": bounds[bound], "bound": bound, "out": list(step.out.shape)})
     return rows
 

@@ -27,7 +27,11 @@ def exact_sums(q: torch.Tensor) -> torch.Tensor:
 def check_normalize(memory: Memory, step: Normalize, *, blocks: dict[str, int] | None = None) -> None:
     x, out, other = step.x, step.out, step.epilogue.other
     sums = exact_sums(memory.view(x))
-    slots = torch.randint(-99, 99, (SLOTS, *sums.shape)) if step.summed else torch.zeros(SLOTS, *sums.shape, dtype=torch.int64)
+    slots = (
+        torch.randint(-99, 99, (SLOTS, *sums.shape))
+        if step.summed
+        else torch.zeros(SLOTS, *sums.shape, dtype=torch.int64)
+    )
     if step.summed:
         slots[0] += sums - slots.sum(0)
     memory.summed[step.sums] = slots.to(memory.device)
@@ -142,7 +146,7 @@ def test_the_output_may_lie_where_the_input_lies(device: torch.device) -> None:
     x = memory.image((1, 16, 8, 8, 8), step=0.05)
     out = View(x.buffer, x.offset, x.shape, x.strides, "int8", 0.02)
     v = F.instance_norm(memory.real(x))
-    memory.summed[0] = torch.zeros(1, 16, 2, dtype=torch.int64, device=device)
+    memory.summed[0] = torch.zeros(SLOTS, 1, 16, 2, dtype=torch.int64, device=device)
     prepare_normalize(
         Normalize("norm", out, x, 16, np.ones(16, np.float32), np.zeros(16, np.float32), 1e-5, 0, False), memory
     )()

@@ -69,7 +69,9 @@ def compiled_for(settings: BuildSettings) -> str:
         OptionError: a workspace, or another precision than FP16 for what is not INT8.
     """
     if settings.workspace_gb is not None:
-        raise OptionError("--workspace is of engines that choose among algorithms; triton's memory is what its layers need.")
+        raise OptionError(
+            "--workspace is of engines that choose among algorithms; triton's memory is what its layers need."
+        )
     _require_precision(settings.precision)
     return f"batch {settings.batch}"
 

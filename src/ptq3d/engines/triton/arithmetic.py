@@ -5,6 +5,10 @@ Kernels are compiled with `EXACT`, so that a multiplication and an addition are 
 
 from __future__ import annotations
 
+from fractions import Fraction
+from functools import cache
+
+import numpy as np
 import triton
 import triton.language as tl
 
@@ -59,20 +63,49 @@ def activate(v, kind: tl.constexpr, low, high):
     return v
 
 
+@cache
+def one_remainder(step: float) -> bool:
+    """Whether `levels` needs one exact remainder only, to round every v as the correctly rounded quotient v / step is.
+
+    With one, the quotient is that of a v / step moved by at most 2^-46 of itself. So it is rounded to another integer only where
+    v / step is that close to a midpoint beside a half-integer; whether any float32 v is, is tried for all of them.
+    """
+    exact = Fraction(float(np.float32(step)))
+    if not 2.0**-90 < exact < 2.0**90:
+        return False
+    for half in np.arange(0.5, 129, 1, np.float32):
+        for beside in (np.nextafter(half, np.float32(0)), np.nextafter(half, np.float32(999))):
+            product = exact * (Fraction(float(half)) + Fraction(float(beside))) / 2
+            nearest = np.float32(float(product))
+            around = (np.nextafter(nearest, np.float32(0)), nearest, np.nextafter(nearest, np.float32(np.inf)))
+            if any(abs(Fraction(float(v)) - product) <= product / 2**45 for v in around):
+                return False
+    return True
+
+
 @triton.jit
-def levels(v, step):
+def levels(v, step, positive: tl.constexpr = False, once: tl.constexpr = False):
     """Float32 values as the int32 numbers clip(round_half_even(v / step), -128, 127).
 
     Adding 1.5 * 2^23 leaves no bit for a fraction, the addition rounds half to even, and the last bits of the sum are the integer;
     limits are applied to v, so that infinity saturates, too. The quotient is the correctly
-    rounded one: on a GPU as its division makes it, by two exact remainders (Markstein 1990), with the reciprocal made once.
+    rounded one: on a GPU as its division makes it, by exact remainders (Markstein 1990), with the reciprocal made once.
+
+    Args:
+        v: float32.
+        step: float32, one number.
+        positive: v is never below 0.
+        once: `one_remainder` holds for the step.
     """
-    v = tl.minimum(tl.maximum(v, -128.4 * step), 127.4 * step)
+    v = tl.minimum(v, 127.4 * step)
+    if not positive:
+        v = tl.maximum(v, -128.4 * step)
     if FUSED:
         inverse = tl.div_rn(1.0, step)
         quotient = v * inverse
         quotient = tl.fma(tl.fma(-step, quotient, v), inverse, quotient)
-        quotient = tl.fma(tl.fma(-step, quotient, v), inverse, quotient)
+        if not once:
+            quotient = tl.fma(tl.fma(-step, quotient, v), inverse, quotient)
     else:
         quotient = tl.div_rn(v, step)
     return (quotient + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
@@ -83,19 +116,21 @@ def finish(
     v, other, rounded_step, other_step, out_step,
     kind: tl.constexpr, low, high,
     rounds: tl.constexpr, adds: tl.constexpr, last: tl.constexpr, last_low, last_high,
-    integers: tl.constexpr,
+    integers: tl.constexpr, once: tl.constexpr = False,
 ):  # fmt: skip
     """The epilogue of a step (`steps.Epilogue`) on float32 values: float32, or int32 where `integers`.
 
     Args:
         other: what is added where `adds`: int8 times `other_step`, or floats where `other_step` is 1.
+        once: `one_remainder` holds for the steps that it rounds to.
     """
     v = activate(v, kind, low, high)
     if rounds:
-        v = levels(v, rounded_step).to(tl.float32) * rounded_step
+        v = levels(v, rounded_step, kind == 1, once).to(tl.float32) * rounded_step
     if adds:
         v = v + other.to(tl.float32) * other_step
     v = activate(v, last, last_low, last_high)
     if integers:
-        v = levels(v, out_step)
+        positive: tl.constexpr = (last == 1) or (kind == 1 and last == 0 and not rounds and not adds)
+        v = levels(v, out_step, positive, once)
     return v

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ptq3d.engines.triton.arithmetic import kind_of
+from ptq3d.engines.triton.arithmetic import kind_of, one_remainder
 from ptq3d.engines.triton.convolution_kernels import convolve, convolve_lines
 from ptq3d.engines.triton.place import SLOTS, Launch, Place
 from ptq3d.engines.triton.steps import Convolve, Epilogue, Triple, Upsample, View
@@ -175,7 +175,11 @@ def _rows_of_runs(weight: Integers, product: Product, tile: Tile) -> Integers:
 
 def packed_bytes(product: Product, tile: Tile) -> int:
     """The length of `packed`."""
-    offsets = 1 if tile.mode == "all" else product.kernel[0] * product.kernel[1] * (product.kernel[2] if tile.mode == "tap" else 1)
+    offsets = (
+        1
+        if tile.mode == "all"
+        else product.kernel[0] * product.kernel[1] * (product.kernel[2] if tile.mode == "tap" else 1)
+    )
     return columns_of(product, tile)[1] * offsets * run_of(product, tile)
 
 
@@ -237,6 +241,21 @@ def constants(step: Convolve | Upsample, product: Product, tile: Tile) -> tuple[
     return (*shape, *product.strides, *product.dilations, *product.pads, *product.factor, *kind, *block)
 
 
+def _once(step: Convolve | Upsample) -> bool:
+    rounded = step.epilogue.rounded
+    return one_remainder(step.out.step) and (rounded is None or one_remainder(rounded))
+
+
+def even(product: Product, tile: Tile) -> bool:
+    """Whether every program has all its rows and columns."""
+    x, y, z = product.rows
+    padded, columns = columns_of(product, tile)
+    whole_rows = (
+        y % tile.lines == 0 and z % tile.group == 0 and (x * y * z // (tile.lines * tile.group)) % tile.rows == 0
+    )
+    return whole_rows and padded == product.channels[1] and columns == tile.group * product.copies * padded
+
+
 def grid_of(step: Convolve | Upsample, product: Product, tile: Tile) -> Triple:
     """Programs for (rows, columns, samples)."""
     x, y, z = product.rows
@@ -291,8 +310,13 @@ def launch_of(step: Convolve | Upsample, place: Place, tile: Tile, weights: Any)
         multiplier if step.bias is None else place.constant(step.bias),
         multiplier if step.sums is None else place.sums(step.sums),
     )
-    told = flags(step.epilogue, step.out, biased=step.bias is not None, summed=step.sums is not None)
-    values = (*tensors, *scalars(step.epilogue, step.out), *constants(step, product, tile), *told, SLOTS)
+    told = (
+        *flags(step.epilogue, step.out, biased=step.bias is not None, summed=step.sums is not None),
+        _once(step),
+        even(product, tile),
+        SLOTS,
+    )
+    values = (*tensors, *scalars(step.epilogue, step.out), *constants(step, product, tile), *told)
     arguments = dict(zip(kernel.arg_names, values, strict=True))
     return Launch(kernel, grid_of(step, product, tile), arguments, tile.warps, tile.stages)
 

@@ -28,13 +28,13 @@ def store(
     total, y, other, multiplier, bias, rows, keep, place, channel, scalars,
     y_pitch: tl.constexpr, other_pitch: tl.constexpr, channels: tl.constexpr,
     biased: tl.constexpr, kind: tl.constexpr, rounds: tl.constexpr, adds: tl.constexpr, last: tl.constexpr,
-    integers: tl.constexpr,
+    integers: tl.constexpr, once: tl.constexpr, even: tl.constexpr,
 ):  # fmt: skip
     """int32 sums through the epilogue into the output.
 
     Args:
         rows: of the output, in voxels, for each row of `total`.
-        keep: (rows, columns) what there is.
+        keep: (rows, columns) what there is; everything where `even`.
         place, channel: of each column.
         scalars: (rounded, other, out step, low, high, last low, last high).
 
@@ -47,14 +47,17 @@ def store(
         v = v + tl.load(bias + channel, mask=real, other=0.0)[None, :]
     if adds:
         at = (rows * other_pitch)[:, None] + (place * other_pitch + channel)[None, :]
-        more = as_float(tl.load(other + at, mask=keep, other=0))
+        more = as_float(tl.load(other + at) if even else tl.load(other + at, mask=keep, other=0))
     else:
         more = v
     q = finish(
         v, more, scalars[0], scalars[1], scalars[2], kind, scalars[3], scalars[4],
-        rounds, adds, last, scalars[5], scalars[6], integers,
+        rounds, adds, last, scalars[5], scalars[6], integers, once,
     )  # fmt: skip
     at = (rows * y_pitch)[:, None] + (place * y_pitch + channel)[None, :]
+    if even:
+        tl.store(y + at, q.to(y.dtype.element_ty))
+        return q
     tl.store(y + at, q.to(y.dtype.element_ty), mask=keep)
     return tl.where(keep, q, 0)
 
@@ -85,7 +88,7 @@ def convolve(
     P: tl.constexpr, KP: tl.constexpr, SPAN: tl.constexpr, RUN: tl.constexpr, MODE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
     biased: tl.constexpr, kind: tl.constexpr, rounds: tl.constexpr, adds: tl.constexpr, last: tl.constexpr,
-    integers: tl.constexpr, summed: tl.constexpr, SLOTS: tl.constexpr,
+    integers: tl.constexpr, summed: tl.constexpr, once: tl.constexpr, even: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Any convolution without groups; `MODE` says what a run of `RUN` bytes of the sum is.
 
@@ -163,7 +166,7 @@ def convolve(
         total, y, other + n * other_sample, multiplier, bias,
         (d * UX * (OH * UY) + h * UY) * (OW * UZ) + g * (P * UZ), keep, place, channel,
         (rounded_step, other_step, out_step, low, high, last_low, last_high),
-        y_pitch, other_pitch, K, biased, kind, rounds, adds, last, integers,
+        y_pitch, other_pitch, K, biased, kind, rounds, adds, last, integers, once, even,
     )  # fmt: skip
     if summed:
         add_sums(sums, tl.sum(q, axis=0), tl.sum(q * q, axis=0), channel, live, n, K, SLOTS)
@@ -181,7 +184,7 @@ def convolve_lines(
     P: tl.constexpr, KP: tl.constexpr, SPAN: tl.constexpr, RUN: tl.constexpr, MODE: tl.constexpr, LINES: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
     biased: tl.constexpr, kind: tl.constexpr, rounds: tl.constexpr, adds: tl.constexpr, last: tl.constexpr,
-    integers: tl.constexpr, summed: tl.constexpr, SLOTS: tl.constexpr,
+    integers: tl.constexpr, summed: tl.constexpr, once: tl.constexpr, even: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """A convolution of stride and dilation 1 for LINES output lines along y at a time: each line of the input is read once for all
     of them, which is what the others pay for with bandwidth."""
@@ -247,7 +250,7 @@ def convolve_lines(
         q = store(
             totals[t], y, other + n * other_sample, multiplier, bias, (d * OH + h + t) * OW + g * P, keep, place, channel,
             (rounded_step, other_step, out_step, low, high, last_low, last_high),
-            y_pitch, other_pitch, K, biased, kind, rounds, adds, last, integers,
+            y_pitch, other_pitch, K, biased, kind, rounds, adds, last, integers, once, even,
         )  # fmt: skip
         if summed:
             first += q

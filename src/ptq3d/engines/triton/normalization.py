@@ -164,7 +164,7 @@ def _normalize(
     rounded_step, other_step, out_step, low, high, last_low, last_high,
     C: tl.constexpr, CHANNEL_BLOCKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
     CHANNELS: tl.constexpr,
-    KIND: tl.constexpr, LAST: tl.constexpr, ROUNDS: tl.constexpr, ADDS: tl.constexpr, INTEGERS: tl.constexpr,
+    KIND: tl.constexpr, LAST: tl.constexpr, ROUNDS: tl.constexpr, ADDS: tl.constexpr, INTEGERS: tl.constexpr, ONCE: tl.constexpr,
 ):  # fmt: skip
     first, row, channel, mask = tile(rows, C, CHANNEL_BLOCKS, BLOCK_R, BLOCK_C)
     q = read(x, x_pitch, first, row, channel, mask)
@@ -175,7 +175,7 @@ def _normalize(
     v = as_float(q) * factor[None, :] + offset[None, :]
     v = finish(
         v, as_float(there), rounded_step, other_step, out_step,
-        KIND, low, high, ROUNDS, ADDS, LAST, last_low, last_high, INTEGERS,
+        KIND, low, high, ROUNDS, ADDS, LAST, last_low, last_high, INTEGERS, ONCE,
     )  # fmt: skip
     write(out, v, out_pitch, first, row, channel, mask)
 
@@ -217,7 +217,7 @@ def _normalize_rows(
     x, other, out, scale, bias, rows, x_pitch, other_pitch, out_pitch, x_step, epsilon,
     rounded_step, other_step, out_step, low, high, last_low, last_high,
     C: tl.constexpr, CHANNEL_BLOCKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-    KIND: tl.constexpr, LAST: tl.constexpr, ROUNDS: tl.constexpr, ADDS: tl.constexpr, INTEGERS: tl.constexpr,
+    KIND: tl.constexpr, LAST: tl.constexpr, ROUNDS: tl.constexpr, ADDS: tl.constexpr, INTEGERS: tl.constexpr, ONCE: tl.constexpr,
 ):  # fmt: skip
     first, row, channel, mask = tile(rows, C, CHANNEL_BLOCKS, BLOCK_R, BLOCK_C)
     q = read(x, x_pitch, first, row, channel, mask)
@@ -232,6 +232,6 @@ def _normalize_rows(
     v = v * (1.0 / deviation)[:, None] * factor[None, :] + offset[None, :]
     v = finish(
         v, as_float(there), rounded_step, other_step, out_step,
-        KIND, low, high, ROUNDS, ADDS, LAST, last_low, last_high, INTEGERS,
+        KIND, low, high, ROUNDS, ADDS, LAST, last_low, last_high, INTEGERS, ONCE,
     )  # fmt: skip
     write(out, v, out_pitch, first, row, channel, mask)

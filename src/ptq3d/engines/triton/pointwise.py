@@ -103,7 +103,7 @@ def _pointwise(
     rounded_step, other_step, out_step, low, high, last_low, last_high,
     C: tl.constexpr, CHANNEL_BLOCKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
     FACTOR: tl.constexpr, OFFSET: tl.constexpr,
-    KIND: tl.constexpr, LAST: tl.constexpr, ROUNDS: tl.constexpr, ADDS: tl.constexpr, INTEGERS: tl.constexpr,
+    KIND: tl.constexpr, LAST: tl.constexpr, ROUNDS: tl.constexpr, ADDS: tl.constexpr, INTEGERS: tl.constexpr, ONCE: tl.constexpr,
 ):  # fmt: skip
     first, row, channel, mask = tile(rows, C, CHANNEL_BLOCKS, BLOCK_R, BLOCK_C)
     q = read(x, x_pitch, first, row, channel, mask)
@@ -116,7 +116,7 @@ def _pointwise(
         v = v + _factor_of(offset, start, row, channel, mask, C, OFFSET)
     v = finish(
         v, as_float(there), rounded_step, other_step, out_step,
-        KIND, low, high, ROUNDS, ADDS, LAST, last_low, last_high, INTEGERS,
+        KIND, low, high, ROUNDS, ADDS, LAST, last_low, last_high, INTEGERS, ONCE,
     )  # fmt: skip
     write(out, v, out_pitch, first, row, channel, mask)
 

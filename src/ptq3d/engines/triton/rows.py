@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from numpy.typing import NDArray
 
-from ptq3d.engines.triton.arithmetic import kind_of
+from ptq3d.engines.triton.arithmetic import kind_of, one_remainder
 from ptq3d.engines.triton.place import Blocks, Place
 from ptq3d.engines.triton.steps import Epilogue, View
 from ptq3d.errors import EngineError
@@ -145,6 +145,7 @@ def epilogue_arguments(epilogue: Epilogue, out: View, place: Place) -> dict[str,
         "ROUNDS": epilogue.rounded is not None,
         "ADDS": epilogue.other is not None,
         "INTEGERS": out.dtype == "int8",
+        "ONCE": one_remainder(out.step) and (epilogue.rounded is None or one_remainder(epilogue.rounded)),
     }
 
 

@@ -82,6 +82,10 @@ def worth_trying(product: Product) -> list[Tile]:
     found: dict[Tile, None] = {}
     for tile in SHORTLIST:
         narrow = replace(tile, columns=min(tile.columns, power_of_two(widest * tile.group)))
-        if fits(product, narrow) and shared_bytes(narrow, product.kernel[1]) <= SHARED_BYTES and _wastes_little(product, narrow):
+        if (
+            fits(product, narrow)
+            and shared_bytes(narrow, product.kernel[1]) <= SHARED_BYTES
+            and _wastes_little(product, narrow)
+        ):
             found[narrow] = None
     return list(found) or [simple_tile(product)]

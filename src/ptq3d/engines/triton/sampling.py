@@ -196,7 +196,7 @@ def _pool(
         q = best.to(out.dtype.element_ty)
     else:
         taps = tl.full((BLOCK_R,), KX * KY * KZ, tl.int32) if INCLUDE else tl.maximum(count, 1)
-        v = best.to(tl.float32) * (x_step / taps.to(tl.float32))[:, None]
+        v = best.to(tl.float32) * tl.div_rn(taps.to(tl.float32) * 0.0 + x_step, taps.to(tl.float32))[:, None]
         if INTEGERS:
             v = levels(v, out_step)
         q = v.to(out.dtype.element_ty)

@@ -189,7 +189,9 @@ def _pool(
         k = out_z * SZ - PZ + tap % KZ
         inside = (i >= 0) & (i < x_size) & (j >= 0) & (j < y_size) & (k >= 0) & (k < z_size)
         there = x + _at(n, i, j, k, n_stride, x_stride, y_stride, z_stride) + channel[None, :]
-        q = tl.load(there, mask=mask & inside[:, None], other=missing).to(best.dtype)
+        exists = mask & inside[:, None]
+        # not as `other` of the load: for a negative int8, Triton 3.6 puts -1 into three of every four values
+        q = tl.where(exists, tl.load(there, mask=exists, other=0).to(best.dtype), missing)
         best = tl.maximum(best, q) if MAX else best + q
         count += inside.to(tl.int32)
     if MAX:

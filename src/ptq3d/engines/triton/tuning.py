@@ -32,7 +32,8 @@ from ptq3d.errors import EngineError, line_of
 from ptq3d.progress import Progress, silent
 
 Weighted = Convolve | Upsample
-REPETITIONS, IN_A_ROW = 5, 3
+REPETITIONS, IN_A_ROW = 3, 3
+SLEEP_CYCLES = 1_000_000  # half a millisecond, while the launches queue up
 VERSION = 1  # of the kernels: what was measured with others does not count
 
 
@@ -89,7 +90,7 @@ def fastest(step: Weighted, tiles: Sequence[Tile], place: Place) -> Tile:
 
 
 def measured(launch: Launch) -> float:
-    """Median milliseconds of a launch in a CUDA graph; infinite where the device cannot run it."""
+    """Median milliseconds of a launch; infinite where the device cannot run it."""
     from triton.runtime.errors import OutOfResources
 
     try:
@@ -105,16 +106,14 @@ def times_of(launches: Sequence[Callable[[], None]]) -> list[float]:
 
 
 def time_of(launch: Callable[[], None]) -> float:
-    """Median milliseconds of a launch that has run before, several in a row in a CUDA graph, so that gaps do not count."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(IN_A_ROW):
-            launch()
+    """Median milliseconds of a launch that has run before, several in a row, which wait for the GPU so that gaps do not count."""
     times = []
     for _ in range(REPETITIONS):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        torch.cuda._sleep(SLEEP_CYCLES)
         begin.record()
-        graph.replay()
+        for _ in range(IN_A_ROW):
+            launch()
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end) / IN_A_ROW)

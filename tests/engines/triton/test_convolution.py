@@ -101,7 +101,7 @@ def checked(step: Convolve | Upsample, memory: Memory, tile: Tile) -> None:
         assert torch.equal(memory.sums(step.sums).sum(0).cpu(), both)
 
 
-def convolution(  # noqa: PLR0913
+def convolution(
     memory: Memory,
     channels: tuple[int, int],
     size: tuple[int, int, int] = (4, 5, 7),

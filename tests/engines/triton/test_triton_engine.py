@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from quantized import of_the_zoo, wanted
 
 from networks import windows
 from ptq3d.engines import triton
 from ptq3d.engines.base import BuildSettings, EngineOptions
-from quantized import of_the_zoo, wanted
 
 
 @pytest.mark.parametrize("name", ["unet", "nnunet", "segresnet", "transunet"])

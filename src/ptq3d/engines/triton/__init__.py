@@ -115,8 +115,7 @@ def build(onnx: Path, folder: Path, settings: BuildSettings = PLAIN, progress: P
         lower(written, settings.batch)
         facts = Path(scratch) / FACTS
         facts.write_text(json.dumps({"batch": settings.batch}), encoding="utf-8")
-        files = tuple(Path(shutil.move(path, folder / path.name)) for path in sorted(Path(scratch).iterdir()))
-    return files
+        return tuple(Path(shutil.move(path, folder / path.name)) for path in sorted(Path(scratch).iterdir()))
 
 
 def open(folder: Path, options: EngineOptions) -> TritonEngine:

@@ -34,11 +34,11 @@ class Blueprint:
         """A pointer of the array's type."""
         return MockTensor(torch.from_numpy(array[:0].copy()).dtype)
 
-    def sums(self, buffer: int) -> Any:
+    def sums(self, buffer: int) -> Any:  # noqa: ARG002
         """A pointer to int64."""
         return MockTensor(torch.int64)
 
-    def scratch(self, count: int, dtype: torch.dtype) -> Any:
+    def scratch(self, count: int, dtype: torch.dtype) -> Any:  # noqa: ARG002
         """A pointer of that type."""
         return MockTensor(dtype)
 

@@ -73,7 +73,7 @@ def one_remainder(step: float) -> bool:
     exact = Fraction(float(np.float32(step)))
     if not 2.0**-90 < exact < 2.0**90:
         return False
-    for half in np.arange(0.5, 129, 1, np.float32):
+    for half in np.arange(129, dtype=np.float32) + np.float32(0.5):
         for beside in (np.nextafter(half, np.float32(0)), np.nextafter(half, np.float32(999))):
             product = exact * (Fraction(float(half)) + Fraction(float(beside))) / 2
             nearest = np.float32(float(product))

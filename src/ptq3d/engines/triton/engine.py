@@ -110,7 +110,7 @@ class TritonEngine:
 
     def _capture(self, arena: Arena) -> None:
         with torch.cuda.device(self._device):
-            stream = torch.cuda.Stream()
+            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):  # compiles what is not compiled yet
                 self._run(arena)

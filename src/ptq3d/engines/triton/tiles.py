@@ -78,7 +78,7 @@ def worth_trying(product: Product) -> list[Tile]:
         widest = max(power_of_two(product.channels[1] * product.copies * tile.group), 16)
         narrow = replace(tile, columns=min(tile.columns, widest))
         suits = narrow.columns >= min(widest, 64) and (tile.group == 1 or product.channels[1] <= 64)
-        if suits and fits(product, narrow) and _wastes_little(product, narrow):
-            if shared_bytes(narrow, product.kernel[1]) <= SHARED_BYTES:
-                found[narrow] = None
+        suits = suits and fits(product, narrow) and _wastes_little(product, narrow)
+        if suits and shared_bytes(narrow, product.kernel[1]) <= SHARED_BYTES:
+            found[narrow] = None
     return list(found) or [simple_tile(product)]

@@ -7,8 +7,8 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
 import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -107,10 +107,10 @@ def times_of(launches: Sequence[Callable[[], None]]) -> list[float]:
 
 def time_of(launch: Callable[[], None]) -> float:
     """Median milliseconds of a launch that has run before, several in a row, which wait for the GPU so that gaps do not count."""
-    times = []
+    times: list[float] = []
     for _ in range(REPETITIONS):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        torch.cuda._sleep(SLEEP_CYCLES)
+        torch.cuda._sleep(SLEEP_CYCLES)  # type: ignore[no-untyped-call]
         begin.record()
         for _ in range(IN_A_ROW):
             launch()

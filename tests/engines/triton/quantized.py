@@ -25,10 +25,10 @@ from ptq3d.quantization import qdq
 from quantizing import observed_by_torch, planned
 
 ZOO: dict[str, dict[str, Any]] = {
-    "nnunet": {"channels": (4, 8, 16), "num_classes": 6, "window": (16, 8, 12)},
-    "segresnet": {"channels": (8, 16, 32), "num_classes": 6, "window": (16, 8, 12)},
-    "transunet": {"channels": (4, 8, 16), "num_classes": 6, "window": (16, 8, 12)},
-    "unet": {"channels": (4, 8, 16), "num_classes": 6, "window": (16, 8, 12)},
+    "nnunet": {"channels": (4, 8, 16), "num_classes": 6, "window": (8, 8, 12)},
+    "segresnet": {"channels": (8, 16, 32), "num_classes": 6, "window": (8, 8, 12)},
+    "transunet": {"channels": (4, 8, 16), "num_classes": 6, "window": (8, 8, 12)},
+    "unet": {"channels": (4, 8, 16), "num_classes": 6, "window": (8, 8, 12)},
 }
 
 

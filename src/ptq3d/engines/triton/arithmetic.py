@@ -5,7 +5,6 @@ Kernels are compiled with `EXACT`, so that a multiplication and an addition are 
 
 from __future__ import annotations
 
-from fractions import Fraction
 from functools import cache
 
 import numpy as np
@@ -70,17 +69,15 @@ def one_remainder(step: float) -> bool:
     With one, the quotient is that of a v / step moved by at most 2^-46 of itself. So it is rounded to another integer only where
     v / step is that close to a midpoint beside a half-integer; whether any float32 v is, is tried for all of them.
     """
-    exact = Fraction(float(np.float32(step)))
+    exact = float(np.float32(step))
     if not 2.0**-90 < exact < 2.0**90:
         return False
-    for half in np.arange(129, dtype=np.float32) + np.float32(0.5):
-        for beside in (np.nextafter(half, np.float32(0)), np.nextafter(half, np.float32(999))):
-            product = exact * (Fraction(float(half)) + Fraction(float(beside))) / 2
-            nearest = np.float32(float(product))
-            around = (np.nextafter(nearest, np.float32(0)), nearest, np.nextafter(nearest, np.float32(np.inf)))
-            if any(abs(Fraction(float(v)) - product) <= product / 2**45 for v in around):
-                return False
-    return True
+    half = np.arange(129, dtype=np.float32) + np.float32(0.5)
+    beside = np.stack([np.nextafter(half, np.float32(0)), np.nextafter(half, np.float32(999))])
+    product = exact * (half + beside.astype(np.float64)) / 2  # of 24 and 25 bits, so nothing is rounded
+    nearest = product.astype(np.float32)
+    around = np.stack([np.nextafter(nearest, np.float32(0)), nearest, np.nextafter(nearest, np.float32(np.inf))])
+    return not bool(np.any(np.abs(around - product) <= product / 2**45))
 
 
 @triton.jit

@@ -102,9 +102,9 @@ def launches(channel_counts: Iterable[int]) -> dict[str, Launch]:
         }
         found |= {f"{name} {channels}": prepare_pointwise(step, place).all[0] for name, step in steps.items()}
         norm = prepare_normalize(Normalize("", out, x, channels, ones, ones, 1e-5, 0, False, relu), place).all
-        found |= {f"sum {channels}": norm[0], f"normalize {channels}": norm[1]}
+        found |= {f"sum {channels}": norm[0], f"normalize {channels}": norm[-1]}
         group = prepare_normalize(Normalize("", wide, x, 2, ones, ones, 1e-5, 0, True, relu), place).all
-        found |= {f"moments {channels}": group[0], f"normalize groups sliced {channels}": group[1]}
+        found |= {f"moments {channels}": group[0], f"normalize groups sliced {channels}": group[-1]}
         rows = NormalizeRows("", out.as_rows(), x.as_rows(), ones, ones, 1e-5)
         found[f"normalize rows {channels}"] = prepare_normalize_rows(rows, place).all[0]
         small = image(channels, 32)

@@ -38,4 +38,5 @@ def test_tensors_move_16_bytes_at_once(instructions: dict[str, dict[str, int]]) 
 
 def test_a_factor_is_made_once_for_a_channel_and_not_for_every_thread(instructions: dict[str, dict[str, int]]) -> None:
     for channels in (16, 96):
-        assert instructions[f"normalize {channels}"]["ld.global.b64"] == 2
+        assert "ld.global.b64" not in instructions[f"normalize {channels}"]  # of sums, which `moments` alone reads
+        assert "ld.global.b64" in instructions[f"moments {channels}"]

@@ -34,6 +34,7 @@ from ptq3d.progress import Progress, silent
 Weighted = Convolve | Upsample
 REPETITIONS, IN_A_ROW = 3, 3
 SLEEP_CYCLES = 1_000_000  # half a millisecond, while the launches queue up
+INTERPRETED_ROWS = 1024  # the interpreter takes its time for a program, whatever its size
 VERSION = 1  # of the kernels: what was measured with others does not count
 
 
@@ -61,7 +62,7 @@ def choose(steps: Sequence[Weighted], place: Place, device: torch.device, *, pro
         progress: told how many of the new problems are measured.
     """
     if device.type != "cuda":
-        return [simple_tile(product_of(flattened(step) if isinstance(step, Convolve) else step)) for step in steps]
+        return [replace(simple_tile(_product(step)), rows=INTERPRETED_ROWS) for step in steps]
     known = _read(device)
     fresh = {problem(step): step for step in steps if problem(step) not in known}
     tried = {name: worth_trying(_product(step)) for name, step in fresh.items()}

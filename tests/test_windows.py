@@ -16,6 +16,7 @@ from monai.inferers import sliding_window_inference
 from monai.inferers.utils import _get_scan_interval
 from torch import Tensor
 
+from ptq3d import windows
 from ptq3d.errors import OptionError, ShapeError
 from ptq3d.windows import Windowing, blend, even_starts, gaussian_importance, nnunet_importance, slabs, window_starts
 
@@ -131,6 +132,18 @@ def test_windows_are_contiguous_and_counted() -> None:
     blend(image, network, Windowing((8, 8, 6)), progress=lambda done, total: steps.append((done, total)))
     assert seen == [(1, 8, 8, 6)] * 4
     assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("planes", [2, 5, 100])
+def test_the_number_of_planes_that_are_blended_at_a_time_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, planes: int, axis: int
+) -> None:
+    image = torch.from_numpy(np.random.default_rng(4).normal(size=(2, 17, 13, 15)).astype(np.float32))
+    network, windowing = Convolution(2), Windowing((7, 6, 5), 0.6, 0.0, axis)
+    one_by_one = blend(image, network.stream, windowing)
+    monkeypatch.setattr(windows, "planes_at_once", lambda *_: planes)
+    assert torch.equal(blend(image, network.stream, windowing), one_by_one)
 
 
 @settings(max_examples=60, deadline=None)

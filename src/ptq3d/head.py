@@ -14,6 +14,7 @@ from torch import Tensor
 
 FILE = "head.npz"
 ROWS = 4096  # voxels at a time: their logits stay near the cache
+ON_DEVICE = 1 << 26  # logits at a time on a GPU, 256 MB
 Classifier: TypeAlias = Callable[[Tensor], Tensor]
 """Features of voxels (V, F) float32 -> their classes (V,) uint8, int32 above 256 classes; of equal logits the first."""
 
@@ -79,7 +80,7 @@ def classifier(head: Head, device: torch.device) -> Classifier:
 
     def classes_of(rows: Tensor) -> Tensor:
         found = []
-        for part in torch.split(rows, ROWS * 16):
+        for part in torch.split(rows, max(ON_DEVICE // head.classes, ROWS)):
             logits = part if weight is None else torch.addmm(bias, part, weight.T)
             found.append(logits.argmax(1).to(kind))
         return torch.cat(found)

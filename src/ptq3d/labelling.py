@@ -20,7 +20,7 @@ from torch import Tensor
 from ptq3d.head import Classifier, label_type
 from ptq3d.volumes.resample import Axis, parallel_axes, snapped
 from ptq3d.volumes.volume import Affine, Grid, Shape, voxel_map
-from ptq3d.windows import Slab
+from ptq3d.windows import Slab, planes_at_once
 
 CHUNK = 1 << 19  # voxels whose features are resampled at a time
 Box: TypeAlias = tuple[slice, slice, slice]
@@ -76,8 +76,9 @@ def labels_of(
 
 
 def _classified(values: Tensor, classify: Classifier, seen: Tensor | None) -> Tensor:
-    """(X, Y, Z) classes of (X, Y, Z, F) features, plane by plane; 0 where no window looked."""
-    labels = torch.stack([classify(plane.reshape(-1, plane.shape[-1])).view(plane.shape[:-1]) for plane in values])
+    """(X, Y, Z) classes of (X, Y, Z, F) features, a few planes at a time; 0 where no window looked."""
+    parts = values.split(planes_at_once(len(values), values.device))
+    labels = torch.cat([classify(part.reshape(-1, part.shape[-1])).view(part.shape[:-1]) for part in parts])
     return labels if seen is None else labels.where(seen, 0)
 
 

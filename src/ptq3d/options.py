@@ -262,7 +262,7 @@ class BuildOptions(Common):
     output: Annotated[Path | None, arg(aliases=["--output-path"])] = None
     """The folder to make; default: <name>.<engine> beside the file."""
     engine: str = "auto"
-    """openvino, onnxruntime, torch, inductor, tensorrt, reference or auto."""
+    """openvino, onnxruntime, torch, inductor, tensorrt, triton, reference or auto."""
     device: str = "auto"
     """For an engine that is compiled for one device (tensorrt): the device, such as cuda:1."""
     precision: Precision = "fp32"
@@ -301,7 +301,7 @@ class DeployOptions(Common):
     net: str | None = None
     """For a network without a manifest: prepare volumes as the seed does for this one (unet, transunet: btcv)."""
     engine: str = "auto"
-    """openvino, onnxruntime, torch, inductor, tensorrt, reference or auto; an engine folder knows its own."""
+    """openvino, onnxruntime, torch, inductor, tensorrt, triton, reference or auto; an engine folder knows its own."""
     device: str = "auto"
     """The runtime's name of the device."""
     precision: Precision = "fp32"

@@ -42,7 +42,7 @@ class Engines:
     """
 
     def __init__(self, model: ir.Model, seen: Observations, target: str, scratch: Path) -> None:
-        own = target in BACKENDS and target != "tensorrt"
+        own = target in BACKENDS and target not in ("tensorrt", "triton")  # which need a GPU, and have no FP32
         self.model, self.name = model, target if own else "onnxruntime"
         self._seen, self._scratch = seen, scratch
         self._backend, self._rounded = get_backend(self.name), Rounded()

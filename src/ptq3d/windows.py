@@ -276,21 +276,23 @@ class _Blended:
         thick = list(shape)
         thick[self._axis] = windowing.window[self._axis] + 1
         self._sums = torch.zeros((*thick, features), device=device)
+        self._at_once = planes_at_once(windowing.window[0], device)
         self._weights = torch.zeros(thick, device=device)
         self._first = 0  # place in the volume of plane 1 of the sums
 
     def add(self, box: Box, answer: Tensor) -> None:
-        """sums += answer * importance, rounded twice as MONAI does, a plane at a time so that products stay in the cache."""
+        """sums += answer * importance, rounded twice as MONAI does."""
         x, y, z = (
             slice(part.start - self._first + 1, part.stop - self._first + 1) if axis == self._axis else part
             for axis, part in enumerate(box)
         )
         self._weights[x, y, z] += self._importance
         sums, planes = self._sums[x, y, z], answer.movedim(0, -1)
-        product = torch.empty_like(sums[0], memory_format=torch.contiguous_format)
-        for total, plane, importance in zip(sums, planes, self._importance, strict=True):
-            torch.mul(plane, importance[..., None], out=product)
-            total += product
+        product = torch.empty_like(sums[: self._at_once], memory_format=torch.contiguous_format)
+        for first in range(0, len(sums), self._at_once):
+            part = slice(first, first + self._at_once)
+            total = sums[part]
+            total += torch.mul(planes[part], self._importance[part, ..., None], out=product[: len(total)])
 
     def finished(self, end: int, inside: Box) -> Iterator[Slab]:
         """The planes in front of `end`, which then leave; cropped to the volume without its padding."""
@@ -302,7 +304,7 @@ class _Blended:
             sums /= weights.where(weights > 0, 1.0)[..., None]
             yield self._slab(number, inside)
             for tensor in (self._sums, self._weights):
-                _shift(tensor, self._axis, number)
+                _shift(tensor, self._axis, number, self._at_once)
             self._first += number
 
     def _slab(self, number: int, inside: Box) -> Slab:
@@ -318,12 +320,19 @@ class _Blended:
         return Slab(self._axis, self._first - carried, values[crop], seen)
 
 
-def _shift(tensor: Tensor, axis: int, number: int) -> None:
-    """Planes move `number` places to the front, in place and one by one; zeros follow."""
-    size = tensor.shape[axis]
-    for place in range(size - number):
-        tensor.select(axis, place).copy_(tensor.select(axis, place + number))
-    tensor.narrow(axis, size - number, number).zero_()
+def _shift(tensor: Tensor, axis: int, number: int, at_once: int) -> None:
+    """Planes move `number` places to the front, in place and so many at a time; zeros follow."""
+    kept = tensor.shape[axis] - number
+    at_once = min(at_once, number)  # what is read in one go must not be written before
+    for place in range(0, kept, at_once):
+        length = min(at_once, kept - place)
+        tensor.narrow(axis, place, length).copy_(tensor.narrow(axis, place + number, length))
+    tensor.narrow(axis, kept, number).zero_()
+
+
+def planes_at_once(planes: int, device: torch.device) -> int:
+    """How many planes to work on at a time: one where products should stay in the cache, all where launches cost more than memory."""
+    return 1 if device.type == "cpu" else planes
 
 
 def _box(start: Size, window: Size) -> Box:

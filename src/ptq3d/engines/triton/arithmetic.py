@@ -72,7 +72,7 @@ def one_remainder(step: float) -> bool:
     exact = float(np.float32(step))
     if not 2.0**-90 < exact < 2.0**90:
         return False
-    half = np.arange(129, dtype=np.float32) + np.float32(0.5)
+    half = np.arange(256, dtype=np.float32) + np.float32(0.5)
     beside = np.stack([np.nextafter(half, np.float32(0)), np.nextafter(half, np.float32(999))])
     product = exact * (half + beside.astype(np.float64)) / 2  # of 24 and 25 bits, so nothing is rounded
     nearest = product.astype(np.float32)
@@ -81,8 +81,8 @@ def one_remainder(step: float) -> bool:
 
 
 @triton.jit
-def levels(v, step, positive: tl.constexpr = False, once: tl.constexpr = False):
-    """Float32 values as the int32 numbers clip(round_half_even(v / step), -128, 127).
+def levels(v, step, positive: tl.constexpr = False, once: tl.constexpr = False, zero: tl.constexpr = 0):
+    """Float32 values as the int32 numbers clip(round_half_even(v / step) + zero, -128, 127).
 
     Adding 1.5 * 2^23 leaves no bit for a fraction, the addition rounds half to even, and the last bits of the sum are the integer;
     limits are applied to v, so that infinity saturates, too. The quotient is the correctly
@@ -93,10 +93,11 @@ def levels(v, step, positive: tl.constexpr = False, once: tl.constexpr = False):
         step: float32, one number.
         positive: v is never below 0.
         once: `one_remainder` holds for the step.
+        zero: the stored integer that stands for 0, -128 to 127.
     """
-    v = tl.minimum(v, 127.4 * step)
+    v = tl.minimum(v, (127.4 - zero) * step)
     if not positive:
-        v = tl.maximum(v, -128.4 * step)
+        v = tl.maximum(v, (-128.4 - zero) * step)
     if FUSED:
         inverse = tl.div_rn(1.0, step)
         quotient = v * inverse
@@ -105,7 +106,7 @@ def levels(v, step, positive: tl.constexpr = False, once: tl.constexpr = False):
             quotient = tl.fma(tl.fma(-step, quotient, v), inverse, quotient)
     else:
         quotient = tl.div_rn(v, step)
-    return (quotient + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+    return (quotient + 12582912.0).to(tl.int32, bitcast=True) - (0x4B400000 - zero)
 
 
 @triton.jit
@@ -114,20 +115,22 @@ def finish(
     kind: tl.constexpr, low, high,
     rounds: tl.constexpr, adds: tl.constexpr, last: tl.constexpr, last_low, last_high,
     integers: tl.constexpr, once: tl.constexpr = False,
+    rounded_zero: tl.constexpr = 0, other_zero: tl.constexpr = 0, out_zero: tl.constexpr = 0,
 ):  # fmt: skip
     """The epilogue of a step (`steps.Epilogue`) on float32 values: float32, or int32 where `integers`.
 
     Args:
-        other: what is added where `adds`: int8 times `other_step`, or floats where `other_step` is 1.
+        other: what is added where `adds`: (int8 - `other_zero`) times `other_step`, or floats where `other_step` is 1.
         once: `one_remainder` holds for the steps that it rounds to.
+        rounded_zero, other_zero, out_zero: the stored integers that stand for 0.
     """
     v = activate(v, kind, low, high)
     if rounds:
-        v = levels(v, rounded_step, kind == 1, once).to(tl.float32) * rounded_step
+        v = (levels(v, rounded_step, kind == 1, once, rounded_zero) - rounded_zero).to(tl.float32) * rounded_step
     if adds:
-        v = v + other.to(tl.float32) * other_step
+        v = v + (other.to(tl.float32) - other_zero) * other_step
     v = activate(v, last, last_low, last_high)
     if integers:
         positive: tl.constexpr = (last == 1) or (kind == 1 and last == 0 and not rounds and not adds)
-        v = levels(v, out_step, positive, once)
+        v = levels(v, out_step, positive, once, out_zero)
     return v

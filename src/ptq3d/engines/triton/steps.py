@@ -33,6 +33,8 @@ class View:
         strides: in values, one for each axis.
         dtype: what is stored.
         step: the real value of one integer where `dtype` is int8, else 1.
+        zero: the stored integer that stands for 0 where `dtype` is int8: real = (integer - zero) * step. A uint8 of the file with
+            zero-point p is stored as an int8 smaller by 128, so that its zero is p - 128.
     """
 
     buffer: int
@@ -41,6 +43,7 @@ class View:
     strides: tuple[int, ...]
     dtype: Dtype
     step: float = 1.0
+    zero: int = 0
 
     @property
     def channel_axis(self) -> int:
@@ -100,13 +103,14 @@ class Epilogue:
     """What happens to a float32 value v on its way out of a step.
 
         v = activation(v)
-        v = clip(round_half_even(v / rounded), -128, 127) * rounded      where `rounded` is given
-        v = last(v + real(other))                                        where `other` is given
-        out = clip(round_half_even(v / out.step), -128, 127)             where the step's `out` is int8, else v in its type
+        v = (clip(round_half_even(v / rounded) + rounded_zero, -128, 127) - rounded_zero) * rounded    where `rounded` is given
+        v = last(v + real(other))                                                                      where `other` is given
+        out = clip(round_half_even(v / out.step) + out.zero, -128, 127)    where the step's `out` is int8, else v in its type
 
     Args:
         activation: the first one.
         rounded: the INT8 step of a tensor that nothing else reads, so that it is never stored.
+        rounded_zero: its integer that stands for 0.
         other: the other branch of a residual sum, of the shape of `out`.
         last: the activation behind the sum.
     """
@@ -115,6 +119,7 @@ class Epilogue:
     rounded: float | None = None
     other: View | None = None
     last: Activation = Activation()
+    rounded_zero: int = 0
 
 
 PLAIN_EPILOGUE = Epilogue()

@@ -43,7 +43,7 @@ class Memory:
 
 
 def image(
-    memory: Memory, shape: tuple[int, ...], step: float, *, pitch: int = 0, at: int = 0, fill: int | None = None
+    memory: Memory, shape: tuple[int, ...], step: float, *, pitch: int = 0, at: int = 0, fill: int | None = None, zero: int = 0
 ) -> View:
     """An int8 image in channels `at`.. of one with `pitch` channels."""
     n, c, x, y, z = shape
@@ -52,11 +52,15 @@ def image(
     if fill is not None:
         values.fill_(fill)
     strides = (x * y * z * pitch, 1, y * z * pitch, z * pitch, pitch)
-    return View(memory.add(values), at, shape, strides, "int8", step)
+    return View(memory.add(values), at, shape, strides, "int8", step, zero)
 
 
-def quantized(v: Tensor, step: float) -> Tensor:
-    return torch.round(v / torch.tensor(step)).clamp(-128, 127)
+def quantized(v: Tensor, step: float, zero: int = 0) -> Tensor:
+    return (torch.round(v / torch.tensor(step)) + zero).clamp(-128, 127)
+
+
+def real(view: View, memory: Memory) -> Tensor:
+    return (memory.view(view).cpu().float() - view.zero) * torch.tensor(view.step)
 
 
 def activated(v: Tensor, activation: Activation) -> Tensor:
@@ -67,7 +71,7 @@ def activated(v: Tensor, activation: Activation) -> Tensor:
 
 def expected(step: Convolve | Upsample, memory: Memory) -> Tensor:
     """What the reference engine's operations make of a step, one after another."""
-    x = memory.view(step.x).cpu().double()
+    x = memory.view(step.x).cpu().double() - step.x.zero
     weight = torch.from_numpy(step.weight).double()
     if isinstance(step, Convolve):
         padded = F.pad(x, [step.pads[place] for axis in (2, 1, 0) for place in (axis, axis + 3)])
@@ -80,11 +84,12 @@ def expected(step: Convolve | Upsample, memory: Memory) -> Tensor:
         v = v + torch.from_numpy(step.bias).view(along)
     v = activated(v, step.epilogue.activation)
     if step.epilogue.rounded is not None:
-        v = quantized(v, step.epilogue.rounded) * torch.tensor(step.epilogue.rounded)
+        levels = quantized(v, step.epilogue.rounded, step.epilogue.rounded_zero) - step.epilogue.rounded_zero
+        v = levels * torch.tensor(step.epilogue.rounded)
     if step.epilogue.other is not None:
-        v = v + memory.view(step.epilogue.other).cpu().float() * torch.tensor(step.epilogue.other.step)
+        v = v + real(step.epilogue.other, memory)
     v = activated(v, step.epilogue.last)
-    return quantized(v, step.out.step).to(torch.int8) if step.out.dtype == "int8" else v
+    return quantized(v, step.out.step, step.out.zero).to(torch.int8) if step.out.dtype == "int8" else v
 
 
 def weights(*shape: int) -> npt.NDArray[np.int8]:
@@ -152,6 +157,23 @@ def test_every_tiling_gives_the_same_integers(device: torch.device, tile: Tile, 
     checked(convolution(memory, channels), memory, tile)
 
 
+@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize("zeros", [(-128, -128), (-37, 11), (0, -128)])
+def test_any_integer_may_stand_for_zero(device: torch.device, tile: Tile, zeros: tuple[int, int]) -> None:
+    memory = Memory(device)
+    step = convolution(memory, (32, 16), samples=1)
+    step = replace(step, x=replace(step.x, zero=zeros[0]), out=replace(step.out, zero=zeros[1]))
+    checked(step, memory, tile)
+
+
+def test_zeros_of_the_epilogue(device: torch.device) -> None:
+    memory = Memory(device)
+    step = convolution(memory, (16, 16), samples=2)
+    residual = image(memory, step.out.shape, 0.03, pitch=48, at=16, zero=-77)
+    epilogue = Epilogue(LEAKY, 0.04, residual, RELU, rounded_zero=-90)
+    checked(replace(step, out=replace(step.out, zero=-128), epilogue=epilogue), memory, TILES[0])
+
+
 @pytest.mark.parametrize("channels", [(1, 16), (2, 7), (3, 5), (7, 5), (20, 33), (48, 48)])
 def test_odd_channels(device: torch.device, channels: tuple[int, int]) -> None:
     for tile in (
@@ -159,8 +181,10 @@ def test_odd_channels(device: torch.device, channels: tuple[int, int]) -> None:
         Tile("all", 1, 1, 64, 32, 64, 2, 4),
         Tile("all", 2, 1, 64, 32, 64, 2, 4),
     ):
-        memory = Memory(device)
-        checked(convolution(memory, channels, samples=1), memory, tile)
+        for zero in (0, -128):
+            memory = Memory(device)
+            step = convolution(memory, channels, samples=1)
+            checked(replace(step, x=replace(step.x, zero=zero)), memory, tile)
 
 
 @pytest.mark.parametrize(
@@ -235,6 +259,8 @@ def test_transposed_convolutions(device: torch.device, factor: tuple[int, int, i
         sums=memory.add(torch.zeros(SLOTS, 2, k, 2, dtype=torch.int64)),
     )
     checked(step, memory, Tile("tap", 1, 1, 64, 32, 32, 2, 4))
+    memory.sums(step.sums or 0).zero_()
+    checked(replace(step, x=replace(step.x, zero=-101)), memory, Tile("tap", 1, 1, 64, 32, 32, 2, 4))
 
 
 def test_packed_weights_hold_every_weight(device: torch.device) -> None:

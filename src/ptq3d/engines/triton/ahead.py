@@ -47,7 +47,7 @@ def main() -> None:
     """Compile every job; one that does not compile is left to whoever launches it."""
     for step, tile in pickle.loads(Path(sys.argv[1]).read_bytes()):
         try:
-            launch_of(step, Blueprint(), tile, MockTensor(torch.int8)).compile()
+            launch_of(step, Blueprint(), tile, MockTensor(torch.int8), MockTensor(torch.int32)).compile()
         except OutOfResources:
             continue
 

@@ -14,6 +14,8 @@ import triton.language as tl
 from ptq3d.engines.triton.steps import Activation
 
 EXACT = {"enable_fp_fusion": False}
+# numbers that differ from layer to layer: a kernel is not compiled anew for one that is 1 or a multiple of 16
+ZEROS = ("rounded_zero", "other_zero", "out_zero")
 # Triton's interpreter rounds between the product and the sum of an fma
 FUSED = tl.constexpr(not triton.knobs.runtime.interpret)
 # activations by number: a kernel is compiled for one
@@ -81,7 +83,7 @@ def one_remainder(step: float) -> bool:
 
 
 @triton.jit
-def levels(v, step, positive: tl.constexpr = False, once: tl.constexpr = False, zero: tl.constexpr = 0):
+def levels(v, step, positive: tl.constexpr = False, once: tl.constexpr = False, zero=0):
     """Float32 values as the int32 numbers clip(round_half_even(v / step) + zero, -128, 127).
 
     Adding 1.5 * 2^23 leaves no bit for a fraction, the addition rounds half to even, and the last bits of the sum are the integer;
@@ -115,7 +117,7 @@ def finish(
     kind: tl.constexpr, low, high,
     rounds: tl.constexpr, adds: tl.constexpr, last: tl.constexpr, last_low, last_high,
     integers: tl.constexpr, once: tl.constexpr = False,
-    rounded_zero: tl.constexpr = 0, other_zero: tl.constexpr = 0, out_zero: tl.constexpr = 0,
+    rounded_zero=0, other_zero=0, out_zero=0,
 ):  # fmt: skip
     """The epilogue of a step (`steps.Epilogue`) on float32 values: float32, or int32 where `integers`.
 

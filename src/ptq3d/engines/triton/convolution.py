@@ -17,6 +17,7 @@ from ptq3d.engines.triton.steps import Convolve, Epilogue, Triple, Upsample, Vie
 from ptq3d.errors import EngineError
 
 Integers = npt.NDArray[np.int8]
+LONGEST_RUN = 256  # bytes that a kernel reads at a time, at most
 LARGEST_KERNEL = 31  # offsets along an axis are bits of an int32
 
 
@@ -208,6 +209,11 @@ def scalars(epilogue: Epilogue, out: View) -> tuple[float, ...]:
     return epilogue.rounded or 1.0, other, out.step, first.low, first.high, last.low, last.high
 
 
+def zeros(epilogue: Epilogue, out: View) -> tuple[int, int, int]:
+    """What stands for 0: (where it is rounded, in the other tensor, in the output)."""
+    return epilogue.rounded_zero, 0 if epilogue.other is None else epilogue.other.zero, out.zero
+
+
 def flags(epilogue: Epilogue, out: View, *, biased: bool, summed: bool) -> tuple[bool | int, ...]:
     """What the kernels are compiled for: biased, kind, rounds, adds, last, integers, summed."""
     return (
@@ -256,6 +262,16 @@ def even(product: Product, tile: Tile) -> bool:
     return whole_rows and padded == product.channels[1] and columns == tile.group * product.copies * padded
 
 
+def first_sums(step: Convolve | Upsample) -> npt.NDArray[np.int32]:
+    """Minus the input's zero times the sum of the weights of each output channel, int32; of each kernel offset in a ConvTranspose."""
+    if isinstance(step, Upsample):
+        channels, outputs = step.weight.shape[:2]
+        wholes = step.weight.reshape(channels, outputs, -1).sum(0, dtype=np.int64).T
+    else:
+        wholes = step.weight.reshape(len(step.weight), -1).sum(1, dtype=np.int64)
+    return np.ascontiguousarray(-step.x.zero * wholes, np.int32).reshape(-1)
+
+
 def grid_of(step: Convolve | Upsample, product: Product, tile: Tile) -> Triple:
     """Programs for (rows, columns, samples)."""
     x, y, z = product.rows
@@ -285,10 +301,11 @@ def prepare_convolve(step: Convolve | Upsample, place: Place, tile: Tile) -> Lau
     Raises:
         EngineError: a step that has no kernel.
     """
-    return launch_of(step, place, tile, place.constant(packed(step.weight, product_of(step), tile)))
+    weights = place.constant(packed(step.weight, product_of(step), tile))
+    return launch_of(step, place, tile, weights, place.constant(first_sums(step)))
 
 
-def launch_of(step: Convolve | Upsample, place: Place, tile: Tile, weights: Any) -> Launch:
+def launch_of(step: Convolve | Upsample, place: Place, tile: Tile, weights: Any, start: Any) -> Launch:
     """The launch of a convolution whose weights are packed.
 
     Args:
@@ -296,6 +313,7 @@ def launch_of(step: Convolve | Upsample, place: Place, tile: Tile, weights: Any)
         place: where its tensors are.
         tile: how it is cut.
         weights: (runs, columns, tile.run) int8 on the device, as `packed` gives them.
+        start: int32 on the device, as `first_sums` gives them.
     """
     step = flattened(step) if isinstance(step, Convolve) else step
     product = product_of(step)
@@ -309,14 +327,17 @@ def launch_of(step: Convolve | Upsample, place: Place, tile: Tile, weights: Any)
         multiplier,
         multiplier if step.bias is None else place.constant(step.bias),
         multiplier if step.sums is None else place.sums(step.sums),
+        place.constant(np.full(LONGEST_RUN, step.x.zero, np.int8)) if step.x.zero else weights,
+        start,
     )
     told = (
         *flags(step.epilogue, step.out, biased=step.bias is not None, summed=step.sums is not None),
         _once(step),
         even(product, tile),
         SLOTS,
+        step.x.zero != 0,
     )
-    values = (*tensors, *scalars(step.epilogue, step.out), *constants(step, product, tile), *told)
+    values = (*tensors, *scalars(step.epilogue, step.out), *zeros(step.epilogue, step.out), *constants(step, product, tile), *told)
     arguments = dict(zip(kernel.arg_names, values, strict=True))
     return Launch(kernel, grid_of(step, product, tile), arguments, tile.warps, tile.stages)
 

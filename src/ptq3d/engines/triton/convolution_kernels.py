@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ptq3d.engines.triton.arithmetic import finish
+from ptq3d.engines.triton.arithmetic import ZEROS, finish
 from ptq3d.engines.triton.rows import as_float
 
 
@@ -29,6 +29,7 @@ def store(
     y_pitch: tl.constexpr, other_pitch: tl.constexpr, channels: tl.constexpr,
     biased: tl.constexpr, kind: tl.constexpr, rounds: tl.constexpr, adds: tl.constexpr, last: tl.constexpr,
     integers: tl.constexpr, once: tl.constexpr, even: tl.constexpr,
+    rounded_zero, other_zero, out_zero,
 ):  # fmt: skip
     """int32 sums through the epilogue into the output.
 
@@ -52,7 +53,7 @@ def store(
         more = v
     q = finish(
         v, more, scalars[0], scalars[1], scalars[2], kind, scalars[3], scalars[4],
-        rounds, adds, last, scalars[5], scalars[6], integers, once,
+        rounds, adds, last, scalars[5], scalars[6], integers, once, rounded_zero, other_zero, out_zero,
     )  # fmt: skip
     at = (rows * y_pitch)[:, None] + (place * y_pitch + channel)[None, :]
     if even:
@@ -60,6 +61,33 @@ def store(
         return q
     tl.store(y + at, q.to(y.dtype.element_ty), mask=keep)
     return tl.where(keep, q, 0)
+
+
+@triton.jit
+def first_sums(start, channel, live, BM: tl.constexpr, BN: tl.constexpr, SHIFTED: tl.constexpr):
+    """(BM, BN) int32 that sums begin with: minus the input's zero times the weights where it is not 0, so that (q - zero) is summed."""
+    if SHIFTED:
+        return tl.broadcast_to(tl.load(start + channel, mask=live, other=0)[None, :], (BM, BN))
+    return tl.zeros((BM, BN), tl.int32)
+
+
+@triton.jit
+def gather(x, at, pad, there, exists, SHIFTED: tl.constexpr):
+    """int8 at x + `at` where `there`, the input's zero elsewhere; anything where not `exists`, whose weights are 0.
+
+    `pad` points to the zero as often as a run is long: loads fill with another value than 0 only on the way through registers.
+    """
+    if SHIFTED:
+        return tl.load(tl.where(there, x + at, pad), mask=exists, other=0)
+    return tl.load(x + at, mask=there & exists, other=0)
+
+
+@triton.jit
+def gather_all(x, at, pad, there, SHIFTED: tl.constexpr):
+    """`gather` where everything exists."""
+    if SHIFTED:
+        return tl.load(tl.where(there, x + at, pad))
+    return tl.load(x + at, mask=there, other=0)
 
 
 @triton.jit
@@ -74,10 +102,10 @@ def add_sums(sums, first, second, channel, live, n, K: tl.constexpr, SLOTS: tl.c
     tl.atomic_add(sums + channel * 2 + 1, second.to(tl.int64), mask=live, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ZEROS)
 def convolve(
-    x, w, y, other, multiplier, bias, sums,
-    rounded_step, other_step, out_step, low, high, last_low, last_high,
+    x, w, y, other, multiplier, bias, sums, pad, start,
+    rounded_step, other_step, out_step, low, high, last_low, last_high, rounded_zero, other_zero, out_zero,
     D: tl.constexpr, H: tl.constexpr, W: tl.constexpr, OD: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr,
     x_pitch: tl.constexpr, y_pitch: tl.constexpr, other_pitch: tl.constexpr,
     x_sample: tl.constexpr, y_sample: tl.constexpr, other_sample: tl.constexpr,
@@ -89,6 +117,7 @@ def convolve(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
     biased: tl.constexpr, kind: tl.constexpr, rounds: tl.constexpr, adds: tl.constexpr, last: tl.constexpr,
     integers: tl.constexpr, summed: tl.constexpr, once: tl.constexpr, even: tl.constexpr, SLOTS: tl.constexpr,
+    SHIFTED: tl.constexpr,
 ):  # fmt: skip
     """Any convolution without groups; `MODE` says what a run of `RUN` bytes of the sum is.
 
@@ -120,7 +149,11 @@ def convolve(
     kk = tl.arange(0, BK)
     weights = w + col[:, None] * BK + kk[None, :]
     columns = tl.num_programs(1) * BN
-    total = tl.zeros((BM, BN), tl.int32)
+    place = col // KP
+    channel = col % KP
+    live = (channel < K) & (place < P * UX * UY * UZ)
+    pads = tl.broadcast_to((pad + kk)[None, :], (BM, BK))
+    total = first_sums(start, channel + (place * K if UX * UY * UZ > 1 else 0), live, BM, BN, SHIFTED)
     for i in tl.range(0, TAPS * NB, num_stages=STAGES):
         k = (i % NB) * BK + kk
         if MODE == "all":
@@ -132,7 +165,7 @@ def convolve(
                 (in_x[:, None] >> tx[None, :]) & (in_y[:, None] >> ty[None, :]) & (in_z[:, None] >> tz[None, :])
             ) & 1
             at = ((tx * DD * H + ty * DH) * W + tz) * x_pitch + k % C
-            a = tl.load(x + (base[:, None] + at[None, :]), mask=(there != 0) & (tx < KD)[None, :], other=0)
+            a = gather_all(x, base[:, None] + at[None, :], pads, (there != 0) & (tx < KD)[None, :], SHIFTED)
         elif MODE == "line":
             tap = i // NB
             tx = tap // KH
@@ -140,7 +173,7 @@ def convolve(
             tz = k // C
             there = (((in_x >> tx) & (in_y >> ty) & 1)[:, None] & (in_z[:, None] >> tz[None, :])) != 0
             at = base + (tx * DD * H + ty * DH) * W * x_pitch
-            a = tl.load(x + at[:, None] + (tz * x_pitch + k % C)[None, :], mask=there, other=0)
+            a = gather_all(x, at[:, None] + (tz * x_pitch + k % C)[None, :], pads, there, SHIFTED)
         else:
             tap = i // NB
             tx = tap // (KH * KO)
@@ -149,14 +182,11 @@ def convolve(
             there = ((in_x >> tx) & (in_y >> ty) & (in_z >> tz) & 1) != 0
             at = base + ((tx * DD * H + ty * DH) * W + tz * DW) * x_pitch
             if C % BK == 0:
-                a = tl.load(x + at[:, None] + k[None, :], mask=there[:, None], other=0)
+                a = gather_all(x, at[:, None] + k[None, :], pads, there[:, None], SHIFTED)
             else:
-                a = tl.load(x + at[:, None] + k[None, :], mask=there[:, None] & (k < C)[None, :], other=0)
+                a = gather(x, at[:, None] + k[None, :], pads, there[:, None], (k < C)[None, :], SHIFTED)
         b = tl.load(weights + i * columns * BK)
         total = tl.dot(a, b.T, total, out_dtype=tl.int32)
-    place = col // KP
-    channel = col % KP
-    live = (channel < K) & (place < P * UX * UY * UZ)
     keep = ok[:, None] & live[None, :]
     if OW % P != 0:
         keep = keep & ((g[:, None] * P + place[None, :]) < OW)
@@ -167,15 +197,16 @@ def convolve(
         (d * UX * (OH * UY) + h * UY) * (OW * UZ) + g * (P * UZ), keep, place, channel,
         (rounded_step, other_step, out_step, low, high, last_low, last_high),
         y_pitch, other_pitch, K, biased, kind, rounds, adds, last, integers, once, even,
+            rounded_zero, other_zero, out_zero,
     )  # fmt: skip
     if summed:
         add_sums(sums, tl.sum(q, axis=0), tl.sum(q * q, axis=0), channel, live, n, K, SLOTS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ZEROS)
 def convolve_lines(
-    x, w, y, other, multiplier, bias, sums,
-    rounded_step, other_step, out_step, low, high, last_low, last_high,
+    x, w, y, other, multiplier, bias, sums, pad, start,
+    rounded_step, other_step, out_step, low, high, last_low, last_high, rounded_zero, other_zero, out_zero,
     D: tl.constexpr, H: tl.constexpr, W: tl.constexpr, OD: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr,
     x_pitch: tl.constexpr, y_pitch: tl.constexpr, other_pitch: tl.constexpr,
     x_sample: tl.constexpr, y_sample: tl.constexpr, other_sample: tl.constexpr,
@@ -185,6 +216,7 @@ def convolve_lines(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
     biased: tl.constexpr, kind: tl.constexpr, rounds: tl.constexpr, adds: tl.constexpr, last: tl.constexpr,
     integers: tl.constexpr, summed: tl.constexpr, once: tl.constexpr, even: tl.constexpr, SLOTS: tl.constexpr,
+    SHIFTED: tl.constexpr,
 ):  # fmt: skip
     """A convolution of stride and dilation 1 for LINES output lines along y at a time: each line of the input is read once for all
     of them, which is what the others pay for with bandwidth."""
@@ -209,9 +241,13 @@ def convolve_lines(
     kk = tl.arange(0, BK)
     weights = w + col[:, None] * BK + kk[None, :]
     columns = tl.num_programs(1) * BN
+    place = col // KP
+    channel = col % KP
+    live = (channel < K) & (place < P)
+    pads = tl.broadcast_to((pad + kk)[None, :], (BM, BK))
     totals = ()
     for _ in tl.static_range(LINES):
-        totals = totals + (tl.zeros((BM, BN), tl.int32),)
+        totals = totals + (first_sums(start, channel, live, BM, BN, SHIFTED),)
     for i in tl.range(0, KD * KO * NB, num_stages=STAGES):
         k = (i % NB) * BK + kk
         tap = i // NB
@@ -224,13 +260,14 @@ def convolve_lines(
             at = base + ((tx * H + line) * W + tz) * x_pitch
             there = (in_x >> tx) & (in_y >> line)
             if MODE == "line":
-                there = there[:, None] & (in_z[:, None] >> (k // C)[None, :]) & 1
-                a = tl.load(x + at[:, None] + ((k // C) * x_pitch + k % C)[None, :], mask=there != 0, other=0)
+                there = (there[:, None] & (in_z[:, None] >> (k // C)[None, :]) & 1) != 0
+                a = gather_all(x, at[:, None] + ((k // C) * x_pitch + k % C)[None, :], pads, there, SHIFTED)
             elif C % BK == 0:
-                a = tl.load(x + at[:, None] + k[None, :], mask=((there & (in_z >> tz) & 1) != 0)[:, None], other=0)
+                there = ((there & (in_z >> tz) & 1) != 0)[:, None]
+                a = gather_all(x, at[:, None] + k[None, :], pads, there, SHIFTED)
             else:
-                there = ((there & (in_z >> tz) & 1) != 0)[:, None] & (k < C)[None, :]
-                a = tl.load(x + at[:, None] + k[None, :], mask=there, other=0)
+                there = ((there & (in_z >> tz) & 1) != 0)[:, None]
+                a = gather(x, at[:, None] + k[None, :], pads, there, (k < C)[None, :], SHIFTED)
             summed_up = ()
             for t in tl.static_range(LINES):
                 if line - t >= 0 and line - t < KH:
@@ -238,9 +275,6 @@ def convolve_lines(
                 else:
                     summed_up = summed_up + (totals[t],)
             totals = summed_up
-    place = col // KP
-    channel = col % KP
-    live = (channel < K) & (place < P)
     first = tl.zeros((BM, BN), tl.int32)
     second = tl.zeros((BM, BN), tl.int32)
     for t in tl.static_range(LINES):
@@ -251,6 +285,7 @@ def convolve_lines(
             totals[t], y, other + n * other_sample, multiplier, bias, (d * OH + h + t) * OW + g * P, keep, place, channel,
             (rounded_step, other_step, out_step, low, high, last_low, last_high),
             y_pitch, other_pitch, K, biased, kind, rounds, adds, last, integers, once, even,
+            rounded_zero, other_zero, out_zero,
         )  # fmt: skip
         if summed:
             first += q

@@ -56,7 +56,8 @@ def lower(source: Path | onnx.ModelProto, batch: int) -> Program:
     """The steps of a network, and where its buffers lie in one arena.
 
     Args:
-        source: a Q/DQ graph of one input (N, C, X, Y, Z) and one output; activations are int8 or uint8 with one step and zero-point. Simplified.
+        source: a Q/DQ graph of one input (N, C, X, Y, Z) and one output, simplified; each activation is int8 or uint8 with one step and
+            zero-point.
         batch: N; any number where the graph's first axis is free, else the one that is fixed there.
 
     Raises:

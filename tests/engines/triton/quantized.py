@@ -9,6 +9,7 @@ from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from onnx import numpy_helper
 
@@ -125,3 +126,14 @@ def written(build: Callable[[Graph], int], *, unsigned: bool = False) -> Path:
     graph = Graph(7)
     graph.unsigned = unsigned
     return graph.finished(build(graph))
+
+
+def of_integers(path: Path) -> Path:
+    """The file without its last DequantizeLinear, as a network without its late head is."""
+    model = onnx.load(path)
+    zero = next(one for one in model.graph.initializer if one.name == model.graph.node[-1].input[2])
+    del model.graph.node[-1]
+    model.graph.output[0].name = model.graph.node[-1].output[0]
+    model.graph.output[0].type.tensor_type.elem_type = zero.data_type
+    onnx.save(model, path)
+    return path

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import pytest
 from executor import Executor
-from quantized import ZOO, Graph, freed, of_the_zoo, small, wanted, written
+from quantized import ZOO, Graph, freed, of_integers, of_the_zoo, small, wanted, written
 
 from networks import NETWORKS, windows
 from ptq3d.engines.triton.lowering import lower
@@ -262,12 +262,7 @@ def test_an_answer_of_integers_is_as_the_file_has_it(dtype: type[np.generic]) ->
         g.add("DequantizeLinear", g.add("QuantizeLinear", g.conv8(g.q("image"), 1, 3), *scale), *scale)
         return 3
 
-    path, x = written(rounded), windows(2, seed=8)
-    model = onnx.load(path)
-    del model.graph.node[-1]
-    model.graph.output[0].name = model.graph.node[-1].output[0]
-    model.graph.output[0].type.tensor_type.elem_type = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
-    onnx.save(model, path)
+    path, x = of_integers(written(rounded)), windows(2, seed=8)
     program, truth = lower(path, 1), wanted(path, x)
     assert (program.output.dtype, program.output.zero) == ("int8", 90 - 128 if dtype is np.uint8 else 90)
     got = answers(program, x)

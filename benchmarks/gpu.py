@@ -61,6 +61,7 @@ class Runner:
         y: (N, F, X, Y, Z) of any type and strides, written by every replay.
         replay: launches the graph.
         step: the real value of one integer of `y`, 1 for floats.
+        zero: the integer that stands for 0.
         engine: ours, None for PyTorch.
     """
 
@@ -68,6 +69,7 @@ class Runner:
     y: torch.Tensor
     replay: Callable[[], object]
     step: float = 1.0
+    zero: int = 0
     engine: Any = None
 
 
@@ -77,8 +79,7 @@ def opened(model: onnx.ModelProto, batch: int) -> Runner:
 
     engine = TritonEngine(model, batch=batch, device=torch.device("cuda"))
     out = engine.program.output
-    step = float(out.step) if out.dtype == "int8" else 1.0
-    return Runner(engine.static_input, engine.static_output, engine.replay, step, engine)
+    return Runner(engine.static_input, engine.static_output, engine.replay, *out.scale, engine)
 
 
 def compiled(model: onnx.ModelProto, batch: int, kind: str) -> Runner:
@@ -153,7 +154,7 @@ def machine() -> dict[str, Any]:
 
 def real(runner: Runner) -> torch.Tensor:
     """A copy of the answer in float32."""
-    return runner.y.to(torch.float32, copy=True) * runner.step
+    return (runner.y.to(torch.float32, copy=True) - runner.zero) * runner.step
 
 
 def fill(runner: Runner, *, seed: int = 0) -> None:
@@ -196,7 +197,8 @@ def whole_case(runner: Runner, shape: Sequence[int], classes: int) -> dict[str, 
                 runner.x[place].copy_(on_device[:, *box])
             runner.replay()
             for place, box in enumerate(boxes):
-                sums[box].addcmul_(runner.y[place].movedim(0, -1).float(), importance, value=runner.step)
+                centred = runner.y[place].movedim(0, -1).float() - runner.zero
+                sums[box].addcmul_(centred, importance, value=runner.step)
                 weights[box] += importance
         labels = torch.empty(tuple(shape), dtype=torch.uint8, device="cuda")
         for plane, total, weight in zip(labels, sums, weights, strict=True):

@@ -58,7 +58,8 @@ def image(channels: int, size: int, dtype: str = "int8", *, pitch: int | None = 
     """A channels-last view of a cube."""
     pitch = pitch or channels
     strides = (size**3 * pitch, 1, size**2 * pitch, size * pitch, pitch)
-    return View(0, 0, (1, channels, size, size, size), strides, dtype, step if dtype == "int8" else 1.0)  # type: ignore[arg-type]
+    scale = (step, -128) if dtype == "int8" else ()
+    return View(0, 0, (1, channels, size, size, size), strides, dtype, *scale)  # type: ignore[arg-type]
 
 
 def compiled(launch: Launch) -> Any:

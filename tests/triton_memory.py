@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from hypothesis import strategies as st
 from torch import Tensor
 
 from ptq3d.engines.triton.steps import Activation, Epilogue, View
@@ -25,6 +26,8 @@ ACTIVATIONS = {
     "tanh": Activation("tanh"),
     "clip": Activation("clip", -0.5, 0.75),
 }
+# what stands for 0: of symmetric int8, of uint8 behind a ReLU, of any
+zeros = st.sampled_from([0, 0, -128, 127, -47])
 EXACT = frozenset({"none", "relu", "leaky_relu", "clip"})
 
 
@@ -55,14 +58,20 @@ class Memory:
         return len(self.buffers) - 1
 
     def image(
-        self, shape: tuple[int, ...], dtype: str = "int8", *, step: float = 1.0, around: tuple[int, int] = (0, 0)
+        self,
+        shape: tuple[int, ...],
+        dtype: str = "int8",
+        *,
+        step: float = 1.0,
+        zero: int = 0,
+        around: tuple[int, int] = (0, 0),
     ) -> View:
         """A channels-last view (N, C, X, Y, Z) or (N, tokens, C) of a buffer with more channels before and behind.
 
         Args:
             shape: as the graph has it.
             dtype: of `View`.
-            step: of int8.
+            step, zero: of int8.
             around: how many channels of the buffer lie before and behind those of the view.
         """
         axis = 1 if len(shape) == 5 else len(shape) - 1
@@ -71,8 +80,8 @@ class Memory:
         strides = [pitch * math.prod(lengths[place + 1 :]) for place in range(len(lengths))]
         strides.insert(axis, 1)
         buffer = self.filled(pitch * math.prod(lengths), dtype)
-        real = float(np.float32(step)) if dtype == "int8" else 1.0
-        return View(buffer, around[0], shape, tuple(strides), dtype, real)  # type: ignore[arg-type]
+        scale = (float(np.float32(step)), zero) if dtype == "int8" else ()
+        return View(buffer, around[0], shape, tuple(strides), dtype, *scale)  # type: ignore[arg-type]
 
     def view(self, view: View) -> Tensor:
         return self.buffers[view.buffer].as_strided(view.shape, view.strides, view.offset)
@@ -89,7 +98,7 @@ class Memory:
     def real(self, view: View) -> Tensor:
         """What the values of a view stand for, float32, on the CPU."""
         values = self.view(view).cpu().float()
-        return values * torch.tensor(view.step) if view.dtype == "int8" else values
+        return (values - view.zero) * torch.tensor(view.step) if view.dtype == "int8" else values
 
     def rest(self, view: View) -> Tensor:
         """The buffer of a view with zeros in place of the view: what no kernel may change."""
@@ -115,20 +124,21 @@ def activated(v: Tensor, activation: Activation) -> Tensor:
     return functions[activation.kind]()
 
 
-def levels(v: Tensor, step: float) -> Tensor:
+def levels(v: Tensor, step: float, zero: int = 0) -> Tensor:
     """ONNX QuantizeLinear, as float32."""
-    return torch.round(v / torch.tensor(step, dtype=torch.float32)).clamp(-128, 127)
+    return (torch.round(v / torch.tensor(step, dtype=torch.float32)) + zero).clamp(-128, 127)
 
 
 def left(v: Tensor, epilogue: Epilogue, out: View, other: Tensor | None) -> Tensor:
     """What an epilogue makes of float32 values, in the type of `out`."""
     v = activated(v, epilogue.activation)
     if epilogue.rounded is not None:
-        v = levels(v, epilogue.rounded) * torch.tensor(epilogue.rounded, dtype=torch.float32)
+        v = levels(v, epilogue.rounded, epilogue.rounded_zero) - epilogue.rounded_zero
+        v = v * torch.tensor(epilogue.rounded, dtype=torch.float32)
     if other is not None:
         v = v + other
     v = activated(v, epilogue.last)
-    return levels(v, out.step).to(torch.int8) if out.dtype == "int8" else v.to(TYPES[out.dtype])
+    return levels(v, out.step, out.zero).to(torch.int8) if out.dtype == "int8" else v.to(TYPES[out.dtype])
 
 
 def require_close(got: Tensor, wanted: Tensor, *, exact: bool) -> None:

@@ -145,6 +145,19 @@ def test_triton_keeps_every_tensor_between_the_layers_in_int8(tmp_path: Path) ->
                 assert maker is None or moved or maker.op_type == "DequantizeLinear" or node.op_type in ACTIVATIONS
 
 
+@pytest.mark.parametrize(("network", "activation"), [("unet", "Relu"), ("meshnet", "Elu")])
+def test_triton_uses_all_levels_and_fuses_activations(network: str, activation: str, tmp_path: Path) -> None:
+    """Also in front of a concat, whose inputs share a scale: its kernels store any zero-point behind any activation."""
+    plan, written = write(NETWORKS[network](tmp_path / "n.onnx"), "triton")
+    assert {scale.dtype for scale in plan.activations.values()} == {"uint8"}
+    makers = {output: node.op_type for node in written.graph.node for output in node.output}
+    functions = [node for node in written.graph.node if node.op_type == activation]
+    assert functions
+    for node in functions:
+        assert makers[node.input[0]] != "DequantizeLinear"
+        assert plan.activations[node.output[0]].zero_point < 128
+
+
 def quantized_tensors(path: Path, target: str = "triton") -> set[str]:
     _, written = write(path, target)
     return {node.input[0] for node in written.graph.node if node.op_type == "QuantizeLinear"}

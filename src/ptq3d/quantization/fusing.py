@@ -36,13 +36,14 @@ def chain_ends(model: ir.Model, target: Target) -> list[ir.Value]:
 def _chain(first: ir.Node, target: Target) -> list[ir.Value]:
     """The outputs of a node and of all that runs as one with it; attention turns its heads back to features as well.
 
-    An unsigned scale that a concat makes common to several tensors may have a zero-point, which stands for no Relu.
+    Where the limits of the integers stand for a Relu (`target.direct`), they do not with a zero-point, which the scale that a concat
+    makes common to several tensors may have.
     """
     chain, last = [first.outputs[0]], first
     affine = first.op_type in WEIGHT_AXIS or first.op_type in NORMALIZATIONS or _is_affine(first, first)
     turns = is_product(first) and not target.products
     while (reader := _only_reader(chain[-1])) is not None:
-        if not target.symmetric and any(use.op_type == "Concat" for use, _ in reader.outputs[0].uses()):
+        if target.direct and any(use.op_type == "Concat" for use, _ in reader.outputs[0].uses()):
             break
         further = affine and reader.op_type in target.fused and _is_further(reader, last, first)
         if not further and not _is_function(reader, target) and not (turns and reader.op_type in TURNS):

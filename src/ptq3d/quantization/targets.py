@@ -164,9 +164,10 @@ TARGETS: Mapping[str, Target] = {
         Target(
             "triton",
             frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"}),
-            True,
-            "kernels of our own: int8 with zero-point 0, and every tensor between the first and the last layer stays INT8, but for "
-            "attention, which PyTorch's FP16 kernels compute without storing its scores",
+            False,
+            "kernels of our own, which pad with the zero-point and start their sums at minus zero-point times the weights; every "
+            "tensor between the first and the last layer stays INT8, but for attention, which PyTorch's FP16 kernels compute without "
+            "storing its scores",
             outputs=frozenset(
                 {"Conv", "ConvTranspose", "Gemm", "MatMul", "Concat", "Add", "Sub", "Mul", "Resize", "AveragePool"}
                 | {"InstanceNormalization", "GroupNormalization", "LayerNormalization", "BatchNormalization"}

@@ -51,13 +51,14 @@ class Executor:
         self.arena = torch.zeros(total, dtype=torch.uint8)
 
     def __call__(self, windows: np.ndarray) -> np.ndarray:
-        """Real answers to (N, C, X, Y, Z) float32; int8 as it is."""
+        """Real answers to (N, C, X, Y, Z) float32; integers as the file has them."""
         self.arena.random_(0, 256, generator=self.random)
         self.seen(self.program.input).copy_(torch.from_numpy(windows))
         for step in self.program.steps:
             check(step)
             RUN[type(step)](self, step)
-        return self.seen(self.program.output).clone().numpy()
+        answer = self.seen(self.program.output).clone()
+        return (answer.view(torch.uint8) ^ 128 if self.program.unsigned else answer).numpy()
 
     def memory(self, buffer: int) -> Tensor:
         start, values = self.places[buffer], self.program.buffers[buffer]
@@ -73,23 +74,24 @@ class Executor:
         return memory.as_strided(view.shape, view.strides, memory.storage_offset() + view.offset)
 
     def real(self, view: View) -> Tensor:
-        return self.seen(view).float() * torch.tensor(view.step, dtype=torch.float32)
+        return (self.seen(view).float() - view.zero) * torch.tensor(view.step, dtype=torch.float32)
 
     def finish(self, v: Tensor, step: Step, epilogue: Epilogue = PLAIN_EPILOGUE) -> None:
         v = active(v, epilogue.activation)
         if epilogue.rounded is not None:
-            v = levels(v, epilogue.rounded) * torch.tensor(epilogue.rounded, dtype=torch.float32)
+            v = levels(v, epilogue.rounded, epilogue.rounded_zero) - epilogue.rounded_zero
+            v = v * torch.tensor(epilogue.rounded, dtype=torch.float32)
         if epilogue.other is not None:
             assert epilogue.other.shape == step.out.shape
             v = v + self.real(epilogue.other)
         v = active(v, epilogue.last)
         out = self.seen(step.out)
         assert out.shape == v.shape
-        out.copy_(levels(v, step.out.step) if step.out.dtype == "int8" else v)
+        out.copy_(levels(v, *step.out.scale) if step.out.dtype == "int8" else v)
 
 
-def levels(v: Tensor, step: float) -> Tensor:
-    return torch.round(v / torch.tensor(step, dtype=torch.float32)).clamp(-128, 127)
+def levels(v: Tensor, step: float, zero: int) -> Tensor:
+    return (torch.round(v / torch.tensor(step, dtype=torch.float32)) + zero).clamp(-128, 127)
 
 
 def active(v: Tensor, function: Activation) -> Tensor:
@@ -126,9 +128,11 @@ def check(step: Step) -> None:
         assert step.x.shape == step.out.shape
         assert step.x.dtype in ("int8", "fp16")
     if isinstance(step, Move):
-        assert (step.x.shape, step.x.dtype, step.x.step) == (step.out.shape, step.out.dtype, step.out.step)
+        assert (step.x.shape, step.x.dtype, step.x.scale) == (step.out.shape, step.out.dtype, step.out.scale)
+        assert step.zeros is None or step.zeros.scale == step.out.scale
     if isinstance(step, Attend):
         assert all(view.dtype == "fp16" for view in step.reads)
+    assert all(-128 <= view.zero <= 127 if view.dtype == "int8" else view.scale == (1, 0) for view in views)
     assert all(view.dtype != "fp32" for view in step.reads) or isinstance(step, Enter)
     assert epilogue is None or epilogue.other is None or epilogue.other.shape == step.out.shape
 
@@ -139,7 +143,7 @@ def enter(run: Executor, step: Enter) -> None:
 
 def convolve(run: Executor, step: Convolve) -> None:
     pads = [step.pads[axis + side] for axis in (2, 1, 0) for side in (0, 3)]
-    x = F.pad(run.seen(step.x).double(), pads)
+    x = F.pad(centred(run, step.x), pads)
     weight = torch.from_numpy(step.weight).double()
     total = F.conv3d(x, weight, None, step.strides, 0, step.dilations, step.groups)
     rescaled(run, step, total)
@@ -147,7 +151,11 @@ def convolve(run: Executor, step: Convolve) -> None:
 
 def upsample(run: Executor, step: Upsample) -> None:
     weight = torch.from_numpy(step.weight).double()
-    rescaled(run, step, F.conv_transpose3d(run.seen(step.x).double(), weight, None, weight.shape[2:]))
+    rescaled(run, step, F.conv_transpose3d(centred(run, step.x), weight, None, weight.shape[2:]))
+
+
+def centred(run: Executor, view: View) -> Tensor:
+    return run.seen(view).double() - view.zero
 
 
 def rescaled(run: Executor, step: Convolve | Upsample, total: Tensor) -> None:
@@ -175,7 +183,7 @@ def normalize(run: Executor, step: Normalize) -> None:
     n, c = step.x.shape[:2]
     values = step.x.rows // n * (c // step.groups)
     sums = run.memory(step.sums).reshape(n, step.groups, -1, 2).sum(2).double() / values
-    mean = sums[..., 0] * step.x.step
+    mean = (sums[..., 0] - step.x.zero) * step.x.step
     variance = (sums[..., 1] - sums[..., 0].square()) * step.x.step**2
     by_channel = [one.repeat_interleave(c // step.groups, 1)[:, :, None, None, None] for one in (mean, variance)]
     v = (run.real(step.x) - by_channel[0].float()) / (by_channel[1] + step.epsilon).sqrt().float()
@@ -203,7 +211,7 @@ def pointwise(run: Executor, step: Pointwise) -> None:
 def pool(run: Executor, step: Pool) -> None:
     pads = [step.pads[axis + side] for axis in (2, 1, 0) for side in (0, 3)]
     if step.kind == "max":
-        assert step.out.step == step.x.step
+        assert step.out.scale == step.x.scale
         x = F.pad(run.seen(step.x).float(), pads, value=-torch.inf)
         run.seen(step.out).copy_(F.max_pool3d(x, step.kernel, step.strides))
         return
@@ -215,7 +223,7 @@ def pool(run: Executor, step: Pool) -> None:
 def resize(run: Executor, step: Resize) -> None:
     size = step.out.shape[2:]
     if step.mode == "nearest":
-        assert (step.out.step, step.out.dtype) == (step.x.step, step.x.dtype)
+        assert (step.out.scale, step.out.dtype) == (step.x.scale, step.x.dtype)
         run.seen(step.out).copy_(F.interpolate(run.seen(step.x).float(), size, mode="nearest"))
         return
     x = run.real(step.x)
@@ -233,7 +241,7 @@ def attend(run: Executor, step: Attend) -> None:
 def move(run: Executor, step: Move) -> None:
     values = run.seen(step.x).clone()
     if step.zeros is not None:
-        run.seen(step.zeros).zero_()
+        run.seen(step.zeros).fill_(step.zeros.zero)
     run.seen(step.out).copy_(values)
 
 

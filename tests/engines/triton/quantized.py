@@ -9,6 +9,7 @@ from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from onnx import numpy_helper
 
@@ -76,15 +77,22 @@ def of_the_zoo(name: str) -> Path:
 
 
 class Graph(Builder):
-    """Q/DQ graphs by hand: `q` rounds a tensor, weights are INT8."""
+    """Q/DQ graphs by hand: `q` rounds a tensor, to uint8 with a zero-point where `unsigned`; weights are INT8."""
+
+    unsigned = False
 
     def constant(self, *values: Any, dtype: Any = np.float32) -> str:
         self.weights.append(numpy_helper.from_array(np.array(*values, dtype), f"w{len(self.weights)}"))
         return f"w{len(self.weights) - 1}"
 
     def q(self, x: str, step: float = 1 / 32) -> str:
-        parameters = (self.constant(step), self.constant(0, dtype=np.int8))
+        parameters = self.scale(step)
         return self.add("DequantizeLinear", self.add("QuantizeLinear", x, *parameters), *parameters)
+
+    def scale(self, step: float) -> tuple[str, str]:
+        """A step and the zero-point that goes with it: the same for the same step."""
+        zero = self.constant(100 + round(1 / step) % 50, dtype=np.uint8) if self.unsigned else None
+        return self.constant(step), zero or self.constant(0, dtype=np.int8)
 
     def integers(self, *shape: int, axis: int = 0) -> str:
         """INT8 weights behind a DequantizeLinear with a step for each channel."""
@@ -113,7 +121,19 @@ class Graph(Builder):
         return self.save(path, "logits", classes, opset=21)
 
 
-def written(build: Callable[[Graph], int]) -> Path:
+def written(build: Callable[[Graph], int], *, unsigned: bool = False) -> Path:
     """The file of a graph that a function writes; it gives the number of classes."""
     graph = Graph(7)
+    graph.unsigned = unsigned
     return graph.finished(build(graph))
+
+
+def of_integers(path: Path) -> Path:
+    """The file without its last DequantizeLinear, as a network without its late head is."""
+    model = onnx.load(path)
+    zero = next(one for one in model.graph.initializer if one.name == model.graph.node[-1].input[2])
+    del model.graph.node[-1]
+    model.graph.output[0].name = model.graph.node[-1].output[0]
+    model.graph.output[0].type.tensor_type.elem_type = zero.data_type
+    onnx.save(model, path)
+    return path

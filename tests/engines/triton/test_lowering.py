@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import pytest
 from executor import Executor
-from quantized import ZOO, Graph, freed, of_the_zoo, small, wanted, written
+from quantized import ZOO, Graph, freed, of_integers, of_the_zoo, small, wanted, written
 
 from networks import NETWORKS, windows
 from ptq3d.engines.triton.lowering import lower
@@ -160,9 +160,10 @@ GRAPHS: dict[str, Callable[[Graph], int]] = {
 }
 
 
+@pytest.mark.parametrize("unsigned", [False, True])
 @pytest.mark.parametrize("name", GRAPHS)
-def test_graphs_answer_as_the_reference_does(name: str) -> None:
-    path, x = written(GRAPHS[name]), windows(2, seed=8)
+def test_graphs_answer_as_the_reference_does(name: str, unsigned: bool) -> None:
+    path, x = written(GRAPHS[name], unsigned=unsigned), windows(2, seed=8)
     program, truth = lower(path, 1), wanted(path, x)
     assert np.abs(truth).max() > 0.1
     assert share_within(1, answers(program, x, wide=True), truth) == 1
@@ -221,16 +222,65 @@ def test_an_unknown_operator_is_named() -> None:
         lower(model, 1)
 
 
-def test_activations_with_a_zero_point_are_refused() -> None:
-    def shifted(g: Graph) -> int:
-        zero = g.constant(3, dtype=np.uint8)
-        step = g.constant(0.01)
-        x = g.add("DequantizeLinear", g.add("QuantizeLinear", "image", step, zero), step, zero)
-        g.conv8(x, 1, 2)
+def moved(g: Graph) -> int:
+    """Integers themselves are padded, pooled and cut, and a zero-point is left out."""
+    step, zero = g.constant(1 / 40), g.constant(37, dtype=np.uint8)
+    x = g.add(
+        "QuantizeLinear",
+        g.conv8(g.add("DequantizeLinear", g.add("QuantizeLinear", "image", step), step), 1, 5),
+        step,
+        zero,
+    )
+    x = g.add("Pad", x, g.constant([0, 0, 1, 0, 2, 0, 0, 0, 2, 1], dtype=np.int64), zero)
+    x = g.add("MaxPool", x, kernel_shape=[2, 3, 3], strides=[1, 1, 1])
+    x = g.add("DequantizeLinear", g.slice(x, 1, 11, 4), step, zero)
+    g.conv8(g.add("Concat", x, g.slice(x, 0, 2, 1), axis=1), 7, 3)
+    return 3
+
+
+def test_integers_with_a_zero_point_are_moved_as_they_are() -> None:
+    path, x = written(moved), windows(2, seed=8)
+    program = lower(path, 1)
+    assert {step.x.zero for step in program.steps if isinstance(step, Convolve)} == {-128, 37 - 128}
+    np.testing.assert_allclose(
+        answers(program, x), wanted(path, x), atol=1e-5
+    )  # it sums behind a Slice in floating point
+
+
+def test_integers_are_padded_with_nothing_but_their_zero_point() -> None:
+    model = onnx.load(written(moved))
+    (pad,) = [node for node in model.graph.node if node.op_type == "Pad"]
+    del pad.input[2]
+    with pytest.raises(EngineError, match=r"Pad 'pad_\d+' puts another number than the zero-point 37.*--target triton"):
+        lower(model, 1)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8])
+def test_an_answer_of_integers_is_as_the_file_has_it(dtype: type[np.generic]) -> None:
+    def rounded(g: Graph) -> int:
+        scale = g.constant(1 / 50), g.constant(90, dtype=dtype)
+        g.add("DequantizeLinear", g.add("QuantizeLinear", g.conv8(g.q("image"), 1, 3), *scale), *scale)
+        return 3
+
+    path, x = of_integers(written(rounded)), windows(2, seed=8)
+    program, truth = lower(path, 1), wanted(path, x)
+    assert (program.output.dtype, program.output.zero) == ("int8", 90 - 128 if dtype is np.uint8 else 90)
+    got = answers(program, x)
+    assert got.dtype == dtype
+    np.testing.assert_array_equal(got, truth)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_other_activations_than_integers_of_one_scale_are_refused(dtype: type[np.generic]) -> None:
+    def scaled(g: Graph) -> int:
+        values = 3 if dtype is np.uint8 else 1
+        scale = (g.constant([0.01] * values), g.constant([3] * values, dtype=dtype))
+        x = g.add("QuantizeLinear", g.conv8(g.q("image"), 1, 3), *scale, axis=1)
+        g.conv8(g.add("DequantizeLinear", x, *scale, axis=1), 3, 2)
         return 2
 
-    with pytest.raises(EngineError, match=r"uint8, zero-point \[3\].*--target triton"):
-        lower(written(shifted), 1)
+    with pytest.raises(EngineError, match=rf"not int8 or uint8 with one step.*{np.dtype(dtype)}.*--target triton"):
+        lower(written(scaled), 1)
 
 
 def test_it_needs_no_more_than_torch_numpy_and_onnx() -> None:

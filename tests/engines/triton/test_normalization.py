@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from ptq3d.engines.triton.normalization import prepare_normalize, prepare_normalize_rows
 from ptq3d.engines.triton.place import SLOTS
 from ptq3d.engines.triton.steps import Epilogue, Normalize, NormalizeRows, View
-from triton_memory import ACTIVATIONS, Memory, left, require_close
+from triton_memory import ACTIVATIONS, Memory, left, require_close, zeros
 
 arounds = st.sampled_from([(0, 0), (0, 0), (16, 32), (1, 2)])
+where = st.fixed_dictionaries({"zero": zeros, "around": arounds})
 kinds = st.sampled_from(sorted(ACTIVATIONS))
 
 
@@ -59,13 +60,13 @@ def test_normalize_is_group_norm(
     memory = Memory(device, data.draw(st.integers(0, 2**31)))
     rng = np.random.default_rng(memory.seed)
     channels, shape = groups[0], (grid[0], groups[0], *grid[1:])
-    x = memory.image(shape, step=0.0371, around=data.draw(arounds))
+    x = memory.image(shape, step=0.0371, **data.draw(where))
     out_type = data.draw(st.sampled_from(["int8", "int8", "fp16"]))
-    out = memory.image(shape, out_type, step=0.0293, around=data.draw(arounds))
+    out = memory.image(shape, out_type, step=0.0293, **data.draw(where))
     adds = data.draw(st.booleans())
-    other = memory.image(shape, "int8", step=0.019, around=data.draw(arounds)) if adds else None
+    other = memory.image(shape, "int8", step=0.019, **data.draw(where)) if adds else None
     rounds = data.draw(st.sampled_from([None, 0.043])) if out_type == "int8" else None
-    epilogue = Epilogue(ACTIVATIONS[data.draw(kinds)], rounds, other, ACTIVATIONS[data.draw(kinds)])
+    epilogue = Epilogue(ACTIVATIONS[data.draw(kinds)], rounds, other, ACTIVATIONS[data.draw(kinds)], data.draw(zeros))
     step = Normalize(
         "norm",
         out,
@@ -117,8 +118,8 @@ def test_normalize_rows_is_layer_norm(
     memory = Memory(device, data.draw(st.integers(0, 2**31)))
     rng = np.random.default_rng(memory.seed)
     shape = (*rows, channels)
-    x = memory.image(shape, x_type, step=0.0371, around=data.draw(arounds))
-    out = memory.image(shape, data.draw(st.sampled_from(["int8", "fp16"])), step=0.0293, around=data.draw(arounds))
+    x = memory.image(shape, x_type, step=0.0371, **data.draw(where))
+    out = memory.image(shape, data.draw(st.sampled_from(["int8", "fp16"])), step=0.0293, **data.draw(where))
     scale, bias = rng.uniform(0.5, 1.5, channels).astype(np.float32), rng.normal(0, 0.5, channels).astype(np.float32)
     adds = data.draw(st.booleans())
     other = memory.image(shape, "fp16", around=data.draw(arounds)) if adds else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from ptq3d.engines.triton.pointwise import prepare_enter, prepare_move, prepare_pointwise
 from ptq3d.engines.triton.steps import Activation, Enter, Epilogue, Move, Pointwise, View
 from ptq3d.errors import EngineError
-from triton_memory import ACTIVATIONS, EXACT, Memory, left, levels, require_close
+from triton_memory import ACTIVATIONS, EXACT, Memory, left, levels, require_close, zeros
 
 Around = tuple[int, int]
 arounds = st.sampled_from([(0, 0), (0, 0), (16, 32), (1, 2)])
@@ -59,12 +61,12 @@ def test_pointwise_is_multiply_add_and_epilogue(
     memory = Memory(device, data.draw(st.integers(0, 2**31)))
     rng = np.random.default_rng(memory.seed)
     shape = (grid[0], channels, *grid[1:])
-    x = memory.image(shape, data.draw(dtypes), step=0.0371, around=data.draw(arounds))
-    out = memory.image(
-        shape, data.draw(st.sampled_from(["int8", "int8", "fp16", "fp32"])), step=0.0293, around=data.draw(arounds)
-    )
+    where = st.fixed_dictionaries({"zero": zeros, "around": arounds})
+    x = memory.image(shape, data.draw(dtypes), step=0.0371, **data.draw(where))
+    out_type = data.draw(st.sampled_from(["int8", "int8", "fp16", "fp32"]))
+    out = memory.image(shape, out_type, step=0.0293, **data.draw(where))
     adds = data.draw(st.booleans())
-    other = memory.image(shape, data.draw(dtypes), step=0.019, around=data.draw(arounds)) if adds else None
+    other = memory.image(shape, data.draw(dtypes), step=0.019, **data.draw(where)) if adds else None
     sizes = {"none": None, "one": (1,), "channels": (channels,), "rows": (int(np.prod(grid[1:])), channels)}
     factor = sizes[data.draw(st.sampled_from(["none", "one", "channels"]))]
     offset = sizes[data.draw(st.sampled_from(["none", "one", "channels", "rows"]))]
@@ -74,6 +76,7 @@ def test_pointwise_is_multiply_add_and_epilogue(
         data.draw(st.sampled_from([None, float(np.float32(0.043))])),
         other,
         ACTIVATIONS[data.draw(st.sampled_from(kinds))],
+        data.draw(zeros),
     )
     step = Pointwise(
         "sum",
@@ -135,7 +138,7 @@ def test_enter_turns_channels_last_and_rounds(
     shape = (2, channels, 7, 9, 11)
     strides = (channels * 693, 693, 99, 11, 1)
     x = View(memory.filled(2 * channels * 693, "fp32"), 0, shape, strides, "fp32")
-    out = memory.image(shape, out_type, step=0.0313, around=around)
+    out = memory.image(shape, out_type, step=0.0313, zero=19 * channels, around=around)
     wanted = left(memory.real(x), Epilogue(), out, None)
     rest = memory.rest(out)
     prepare_enter(Enter("image", out, x), memory)()
@@ -143,30 +146,33 @@ def test_enter_turns_channels_last_and_rounds(
     assert torch.equal(memory.rest(out), rest)
 
 
-def test_enter_rounds_ties_to_even_and_saturates(device: torch.device) -> None:
+@pytest.mark.parametrize("zero", [0, -128, 53])
+def test_enter_rounds_ties_to_even_and_saturates(device: torch.device, zero: int) -> None:
     memory = Memory(device)
     values = torch.cat([torch.arange(-600, 600) / 4, torch.tensor([torch.inf, -torch.inf, 3e38, -3e38])])
     x = View(
         memory.filled(len(values), "fp32"), 0, (1, 1, len(values), 1, 1), (len(values), len(values), 1, 1, 1), "fp32"
     )
     memory.view(x).copy_(values.reshape(x.shape))
-    out = memory.image(x.shape, step=0.5)
+    out = memory.image(x.shape, step=0.5, zero=zero)
     with np.errstate(over="ignore"):
         prepare_enter(Enter("image", out, x), memory)()
-    assert torch.equal(memory.view(out).cpu().flatten(), levels(values, 0.5).to(torch.int8))
+    assert torch.equal(memory.view(out).cpu().flatten(), levels(values, 0.5, zero).to(torch.int8))
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.floats(2.0**-20, 8.0, width=32), st.integers(-6, 6))
-def test_enter_rounds_the_quotient_as_division_makes_it(device: torch.device, step: float, ulps: int) -> None:
+@given(st.floats(2.0**-20, 8.0, width=32), st.integers(-6, 6), zeros)
+def test_enter_rounds_the_quotient_as_division_makes_it(
+    device: torch.device, step: float, ulps: int, zero: int
+) -> None:
     memory = Memory(device)
-    middles = ((torch.arange(-130, 130).double() + 0.5) * step).float()
+    middles = ((torch.arange(-130, 130).double() - zero + 0.5) * step).float()
     values = (middles.view(torch.int32) + ulps).view(torch.float32)
     x = View(memory.filled(260, "fp32"), 0, (1, 1, 260, 1, 1), (260, 260, 1, 1, 1), "fp32")
     memory.view(x).copy_(values.reshape(x.shape))
-    out = memory.image(x.shape, step=step)
+    out = memory.image(x.shape, step=step, zero=zero)
     prepare_enter(Enter("image", out, x), memory)()
-    assert torch.equal(memory.view(out).cpu().flatten(), levels(values, step).to(torch.int8))
+    assert torch.equal(memory.view(out).cpu().flatten(), levels(values, step, zero).to(torch.int8))
 
 
 @settings(max_examples=40, deadline=None)
@@ -196,13 +202,14 @@ def _anywhere(memory: Memory, data: st.DataObject, shape: tuple[int, ...], dtype
     return View(buffer, offset, shape, tuple(strides), dtype)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("channels", [16, 33])
-def test_move_fills_the_rest_with_zeros(device: torch.device, channels: int) -> None:
+@pytest.mark.parametrize(("channels", "zero"), [(16, 0), (33, -128)])
+def test_move_fills_the_rest_with_zeros(device: torch.device, channels: int, zero: int) -> None:
     memory = Memory(device)
-    whole = memory.image((1, channels, 6, 6, 6))
+    whole = memory.image((1, channels, 6, 6, 6), zero=zero)
     strides = whole.strides
-    part = View(whole.buffer, strides[2] + strides[3] + strides[4], (1, channels, 4, 4, 4), strides, "int8")
+    part = replace(whole, offset=strides[2] + strides[3] + strides[4], shape=(1, channels, 4, 4, 4))
     x = memory.image(part.shape)
     prepare_move(Move("pad", part, x, zeros=whole), memory)()
     assert torch.equal(memory.view(part), memory.view(x))
-    assert not memory.rest(part).any()
+    memory.view(part).fill_(zero)
+    assert (memory.view(whole) == zero).all()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ptq3d.engines.triton.sampling import prepare_pool, prepare_resize
 from ptq3d.engines.triton.steps import Epilogue, Pool, Resize, View
 from ptq3d.errors import EngineError
-from triton_memory import Memory, left, require_close
+from triton_memory import Memory, left, require_close, zeros
 
 arounds = st.sampled_from([(0, 0), (0, 0), (16, 32), (1, 2)])
 channel_counts = st.sampled_from([1, 3, 8, 16, 33, 48, 64])
@@ -43,15 +43,18 @@ def test_pool(
     size = data.draw(st.tuples(*[st.integers(3, 7)] * 3))
     pads = tuple(data.draw(st.integers(0, length // 2)) for length in (*kernel, *kernel))
     x = memory.image(
-        (samples, channels, *size), data.draw(st.sampled_from(["int8", "fp16"])), step=0.031, around=data.draw(arounds)
+        (samples, channels, *size),
+        data.draw(st.sampled_from(["int8", "fp16"])),
+        step=0.031,
+        zero=data.draw(zeros),
+        around=data.draw(arounds),
     )
     out_size = [
         (n + p + q - k) // s + 1 for n, p, q, k, s in zip(size, pads[:3], pads[3:], kernel, strides, strict=True)
     ]
     out_type = x.dtype if kind == "max" else data.draw(st.sampled_from(["int8", "fp16"]))
-    out = memory.image(
-        (samples, channels, *out_size), out_type, step=0.031 if kind == "max" else 0.017, around=data.draw(arounds)
-    )
+    scale = {"step": 0.031, "zero": x.zero} if kind == "max" else {"step": 0.017, "zero": data.draw(zeros)}
+    out = memory.image((samples, channels, *out_size), out_type, **scale, around=data.draw(arounds))
     step = Pool("pool", out, x, kind, kernel, strides, pads, data.draw(st.booleans()))
     wanted = left(pooled(memory.real(x), step), Epilogue(), out, None)
     rest = memory.rest(out)
@@ -62,7 +65,7 @@ def test_pool(
 
 def test_an_average_over_the_whole_image(device: torch.device) -> None:
     memory = Memory(device)
-    x, out = memory.image((2, 48, 6, 5, 4), step=0.031), memory.image((2, 48, 1, 1, 1), step=0.002)
+    x, out = memory.image((2, 48, 6, 5, 4), step=0.031, zero=-128), memory.image((2, 48, 1, 1, 1), step=0.002, zero=99)
     step = Pool("pool", out, x, "average", (6, 5, 4), (1, 1, 1), (0,) * 6)
     prepare_pool(step, memory)()
     require_close(
@@ -94,12 +97,17 @@ def test_resize(device: torch.device, data: st.DataObject, channels: int, way: t
     out_size = data.draw(st.one_of(st.just(doubled), st.tuples(*[st.integers(1, 9)] * 3)))
     assume(max(out_size) * channels < 400)
     x = memory.image(
-        (samples, channels, *size), data.draw(st.sampled_from(["int8", "fp16"])), step=0.031, around=data.draw(arounds)
+        (samples, channels, *size),
+        data.draw(st.sampled_from(["int8", "fp16"])),
+        step=0.031,
+        zero=data.draw(zeros),
+        around=data.draw(arounds),
     )
     out = memory.image(
         (samples, channels, *out_size),
         data.draw(st.sampled_from(["int8", "fp16"])),
         step=data.draw(st.sampled_from([0.031, 0.027])),
+        zero=data.draw(st.sampled_from([0, x.zero, 31])),
         around=data.draw(arounds),
     )
     torch_way = {"mode": "trilinear", "align_corners": corners} if mode == "linear" else {"mode": "nearest"}
@@ -108,7 +116,7 @@ def test_resize(device: torch.device, data: st.DataObject, channels: int, way: t
     prepare_resize(Resize("resize", out, x, mode, corners), memory)()
     got = memory.view(out).cpu()
     if mode == "nearest":
-        require_close(got, wanted, exact=x.step == out.step)
+        require_close(got, wanted, exact=x.scale == out.scale)
     elif out.dtype == "int8":  # weights of quarters make ties, which the last bit of a float32 decides
         assert (got.int() - wanted.int()).abs().max() <= 1
         assert torch.equal(got[~ties(v / out.step)], wanted[~ties(v / out.step)])
@@ -125,11 +133,14 @@ def ties(levels: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("channels", [1, 16, 48])
 def test_doubling_rounds_what_is_exact(device: torch.device, channels: int) -> None:
     memory = Memory(device, channels)
-    x, out = memory.image((2, channels, 3, 4, 5)), memory.image((2, channels, 6, 8, 10), around=(16, 0))
+    x, out = (
+        memory.image((2, channels, 3, 4, 5), zero=-9),
+        memory.image((2, channels, 6, 8, 10), zero=-9, around=(16, 0)),
+    )
     exact = F.interpolate(memory.real(x).double(), scale_factor=2, mode="trilinear")  # multiples of 1/64
     rest = memory.rest(out)
     prepare_resize(Resize("resize", out, x, "linear"), memory)()
-    assert torch.equal(memory.view(out).cpu(), torch.round(exact).to(torch.int8))
+    assert torch.equal(memory.view(out).cpu(), (torch.round(exact) - 9).to(torch.int8))
     assert torch.equal(memory.rest(out), rest)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from quantized import ZOO, of_the_zoo, wanted
+from quantized import ZOO, Graph, of_integers, of_the_zoo, wanted, written
 
 from networks import windows
 from ptq3d.engines import triton
@@ -36,3 +36,21 @@ def test_a_network_answers_as_the_reference_engine(
     assert np.mean(np.abs(answers - expected) <= 4 * step) >= 0.999
     assert np.mean(answers.argmax(1) == expected.argmax(1)) >= 0.98
     assert {layer.precision for layer in layers} <= {"int8", "fp16"}
+
+
+@pytest.mark.parametrize(("dtype", "zero"), [(np.uint8, 0), (np.uint8, 77), (np.int8, -5)])
+def test_integers_come_in_the_type_of_the_file(
+    device: torch.device, tmp_path: Path, dtype: type[np.generic], zero: int
+) -> None:
+    def rounded(g: Graph) -> int:
+        scale = g.constant(1 / 60), g.constant(zero, dtype=dtype)
+        x = g.add("LeakyRelu", g.q("image"), alpha=0.25)
+        g.add("DequantizeLinear", g.add("QuantizeLinear", x, *scale), *scale)
+        return 1
+
+    path, x = of_integers(written(rounded, unsigned=True)), windows(3)
+    triton.build(path, tmp_path, BuildSettings(batch=2))
+    with triton.open(tmp_path, EngineOptions()) as engine:
+        answers = engine(x)
+    assert answers.dtype == dtype
+    np.testing.assert_array_equal(answers, wanted(path, x))

@@ -85,13 +85,13 @@ def build(onnx: Path, folder: Path, settings: BuildSettings = PLAIN, progress: P
     """The simplified graph, for any number of windows where it can be, checked to hold only what the engine knows.
 
     Args:
-        onnx: Q/DQ with int8 and zero-point 0, as `--target triton` writes them. What is not quantized runs in FP16.
+        onnx: Q/DQ with one step for each activation, as `--target triton` writes them. What is not quantized runs in FP16.
         folder: where the two files go; made where missing.
         settings: its batch.
         progress: nothing to tell.
 
     Raises:
-        EngineError: an operator that the engine does not know, activations that are not int8, or a graph of one window for a batch.
+        EngineError: an operator that the engine does not know, activations of several steps, or a graph of one window for a batch.
         OptionError: settings that it does not have.
     """
     from ptq3d.engines.triton.lowering import lower

@@ -10,6 +10,7 @@ from typing import Any
 from ptq3d.engines.triton.joining import Joins, slice_of
 from ptq3d.engines.triton.network import Network, Node, Shape
 from ptq3d.engines.triton.steps import (
+    UNIT,
     Buffer,
     Convolve,
     Dtype,
@@ -18,6 +19,7 @@ from ptq3d.engines.triton.steps import (
     LayerPrecision,
     Move,
     Pointwise,
+    Scale,
     Step,
     Upsample,
     View,
@@ -69,15 +71,15 @@ class Assembly:
         self.buffers.append(Buffer(size, dtype))
         return len(self.buffers) - 1
 
-    def fresh(self, shape: Shape, dtype: Dtype, step: float = 1.0, order: Sequence[int] | None = None) -> View:
+    def fresh(self, shape: Shape, dtype: Dtype, scale: Scale = UNIT, order: Sequence[int] | None = None) -> View:
         """A new buffer for a tensor, without gaps; `order` of its axes is the canonical one unless given."""
         order = canonical_order(len(shape)) if order is None else order
         buffer = self.buffer(math.prod(shape), dtype)
-        return View(buffer, 0, shape, dense_strides(shape, order), dtype, step)
+        return View(buffer, 0, shape, dense_strides(shape, order), dtype, *scale)
 
     def copied(self, view: View, order: Sequence[int] | None = None, name: str = "copy") -> View:
         """A view's values in a new buffer without gaps."""
-        out = self.fresh(view.shape, view.dtype, view.step, order)
+        out = self.fresh(view.shape, view.dtype, view.scale, order)
         self.emit(Move(name, out, view))
         return out
 
@@ -93,8 +95,7 @@ class Assembly:
     def whole(self, concat: str) -> View:
         """The buffer of a concat whose pieces are written into it."""
         if concat not in self._wholes:
-            dtype, step = self._joins.formats[concat]
-            self._wholes[concat] = self.fresh(self.network.shapes[concat], dtype, step)
+            self._wholes[concat] = self.fresh(self.network.shapes[concat], *self._joins.formats[concat])
         return self._wholes[concat]
 
     def joined(self, concat: str) -> bool:
@@ -107,10 +108,10 @@ class Assembly:
         canonical = order is None or tuple(order) == canonical_order(len(shape))
         dtype: Dtype = "fp16" if tail.dtype == "fp32" and not canonical else tail.dtype
         place = next((self._joins.places[name] for name in tail.names if name in self._joins.places), None)
-        if place is not None and canonical and self._joins.formats[place.concat] == (dtype, tail.step):
+        if place is not None and canonical and self._joins.formats[place.concat] == (dtype, tail.scale):
             view = slice_of(self.whole(place.concat), place)
         else:
-            view = self.fresh(shape, dtype, tail.step, order)
+            view = self.fresh(shape, dtype, tail.scale, order)
         self.name(tail.names, view)
         self.done.update(tail.nodes)
         return view
@@ -118,7 +119,9 @@ class Assembly:
     def epilogue(self, tail: Tail, form: Form, order: Sequence[int] | None = None) -> Epilogue:
         """A tail as steps say it, the other branch of a sum in the form of the step."""
         other = self.formed(self.view(tail.other), form, order) if tail.other else None
-        return Epilogue(tail.activation, tail.rounded, other, tail.last)
+        rounded = None if tail.rounded is None else tail.rounded.step
+        zero = 0 if tail.rounded is None else tail.rounded.zero
+        return Epilogue(tail.activation, rounded, other, tail.last, zero)
 
     def as_float(self, name: str) -> View:
         """A tensor in FP16, made once where it is INT8."""
@@ -130,8 +133,8 @@ class Assembly:
         return self._floats[view]
 
     def converted(self, view: View, out: View, name: str) -> View:
-        """Write a view in another type or step into `out`, of the same shape."""
-        if (view.dtype, view.step) == (out.dtype, out.step):
+        """Write a view in another type or scale into `out`, of the same shape."""
+        if (view.dtype, view.scale) == (out.dtype, out.scale):
             self.emit(Move(name, out, view))
             return out
         order = order_of(out)
@@ -140,7 +143,7 @@ class Assembly:
             if source is not None and target is not None:
                 self.emit(Pointwise(name, target, source))
                 return out
-        dense = self.fresh(out.shape, out.dtype, out.step, order_of(view))
+        dense = self.fresh(out.shape, out.dtype, out.scale, order_of(view))
         if as_matrix(view, order_of(view)) is None:
             return self.converted(self.copied(view, order), out, name)
         self.emit(Move(name, out, self.converted(view, dense, name)))

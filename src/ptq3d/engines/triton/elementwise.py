@@ -103,9 +103,9 @@ def activate(assembly: Assembly, node: Node) -> None:
 
 
 def quantize(assembly: Assembly, node: Node) -> None:
-    """QuantizeLinear of a tensor that is stored: nothing where it has that step already."""
-    view, step = assembly.view(node.inputs[0]), assembly.network.step_of(node)
-    if (view.dtype, view.step) == ("int8", step):
+    """QuantizeLinear of a tensor that is stored: nothing where it has that scale already."""
+    view = assembly.view(node.inputs[0])
+    if (view.dtype, view.scale) == ("int8", assembly.network.scale_of(node)):
         assembly.name([node.out], view)
         return
     tail = tails.behind_rounding(assembly.network, node, assembly.computed)

@@ -174,7 +174,8 @@ class TritonEngine:
                     self.replay()
             except RuntimeError as error:
                 raise EngineError(f"the GPU failed while it ran the network: {line_of(error)}") from error
-            yield from self.static_output[: len(group)]
+            answers = self.static_output[: len(group)]
+            yield from answers.view(torch.uint8) ^ 128 if self.program.unsigned else answers
 
     def classifier(self, head: Head) -> Classifier:
         """Head and argmax on the engine's device."""

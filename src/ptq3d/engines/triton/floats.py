@@ -43,8 +43,8 @@ def _input(value: View | npt.NDArray[Any] | None, place: Place, *, number: bool)
     if value is None:
         return None
     if isinstance(value, View):
-        tensor, step = place.view(value), value.step
-        return (lambda: (tensor.float() * step).half()) if value.dtype == "int8" else (lambda: tensor.half())
+        tensor, (step, zero) = place.view(value), value.scale
+        return (lambda: ((tensor.float() - zero) * step).half()) if value.dtype == "int8" else (lambda: tensor.half())
     if number:
         return np.asarray(value).reshape(-1).tolist()
     constant = place.constant(value)
@@ -54,7 +54,7 @@ def _input(value: View | npt.NDArray[Any] | None, place: Place, *, number: bool)
 def _leave(values: Tensor, out: Tensor, view: View, *, precise: bool) -> None:
     """Real values into a view."""
     if view.dtype == "int8":
-        values = torch.round(values.float() / view.step).clamp_(-128, 127)
+        values = torch.round(values.float() / view.step).add_(view.zero).clamp_(-128, 127)
     out.copy_(values.float() if precise else values)
 
 

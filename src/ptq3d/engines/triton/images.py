@@ -76,7 +76,7 @@ def pool(assembly: Assembly, node: Node) -> None:
     if len(shape) != 5 or not _plain_pool(assembly, node) or (most and view.dtype != "int8"):
         assembly.in_float(node)
         return
-    tail = Tail((node.out,), "int8", view.step) if most else tails.settle(assembly.network, node.out, Tail(()))
+    tail = Tail((node.out,), "int8", view.scale) if most else tails.settle(assembly.network, node.out, Tail(()))
     kernel, strides, pads = (tuple(given.get(name, rest)) for name, rest in POOLS)
     include = bool(given.get("count_include_pad", 0))
     x = assembly.formed(view, as_image)
@@ -114,7 +114,7 @@ def resize(assembly: Assembly, node: Node) -> None:
         assembly.in_float(node)
         return
     x = assembly.formed(assembly.view(node.inputs[0]), as_image)
-    kept = Tail((node.out,), x.dtype, x.step)
+    kept = Tail((node.out,), x.dtype, x.scale)
     tail = kept if nearest else tails.settle(assembly.network, node.out, Tail(()))
     assembly.emit(Resize(node.name, assembly.store(tail), x, mode, corners == "align_corners"))
 

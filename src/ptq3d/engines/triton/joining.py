@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from ptq3d.engines.triton.network import Network, Node
-from ptq3d.engines.triton.steps import Dtype, View
+from ptq3d.engines.triton.steps import UNIT, Dtype, Scale, View
 from ptq3d.engines.triton.tails import MOVES
 from ptq3d.engines.triton.views import canonical_order
 
-Format = tuple[Dtype, float]
+Format = tuple[Dtype, Scale]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Joins:
 
     Args:
         places: by the name of the tensor.
-        formats: type and step of each concat, by the name of the whole.
+        formats: type and scale of each concat, by the name of the whole.
     """
 
     places: Mapping[str, Place]
@@ -73,24 +73,24 @@ def parts(network: Network, node: Node) -> tuple[Place, ...]:
 
 
 def concat_format(network: Network, node: Node) -> Format:
-    """INT8 where all pieces have one step, or where all who read it round it alike; else FP16."""
-    steps = {_step(network, name) for name in node.inputs}
-    common = next(iter(steps)) if len(steps) == 1 else None
+    """INT8 where all pieces have one scale, or where all who read it round it alike; else FP16."""
+    scales = {_scale(network, name) for name in node.inputs}
+    common = next(iter(scales)) if len(scales) == 1 else None
     if common is None:
         readers = network.readers(node.out)
-        rounded = {network.step_of(one) if one.op == "QuantizeLinear" else None for one in readers}
+        rounded = {network.scale_of(one) if one.op == "QuantizeLinear" else None for one in readers}
         common = next(iter(rounded)) if len(rounded) == 1 and node.out != network.output else None
-    return ("fp16", 1.0) if common is None else ("int8", common)
+    return ("fp16", UNIT) if common is None else ("int8", common)
 
 
-def _step(network: Network, name: str) -> float | None:
-    """The step of a dequantized tensor, also behind moves; None of others."""
+def _scale(network: Network, name: str) -> Scale | None:
+    """The scale of a dequantized tensor, also behind moves; None of others."""
     node = network.producer(name)
     if node is None:
         return None
     if node.op == "DequantizeLinear":
-        return network.step_of(node)
+        return network.scale_of(node)
     if node.op == "Concat":
-        dtype, step = concat_format(network, node)
-        return step if dtype == "int8" else None
-    return _step(network, node.inputs[0]) if node.op in MOVES else None
+        dtype, scale = concat_format(network, node)
+        return scale if dtype == "int8" else None
+    return _scale(network, node.inputs[0]) if node.op in MOVES else None

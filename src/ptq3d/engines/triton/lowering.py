@@ -15,7 +15,7 @@ from ptq3d.engines.triton.folding import fold, restore_groups
 from ptq3d.engines.triton.joining import join
 from ptq3d.engines.triton.memory import planned
 from ptq3d.engines.triton.network import Network, Node, read_network
-from ptq3d.engines.triton.steps import Enter, Float, Program, View
+from ptq3d.engines.triton.steps import UNIT, Enter, Float, Program, View
 from ptq3d.engines.triton.tails import Tail
 from ptq3d.engines.triton.views import canonical_order, dense_strides
 from ptq3d.errors import EngineError, few
@@ -56,11 +56,12 @@ def lower(source: Path | onnx.ModelProto, batch: int) -> Program:
     """The steps of a network, and where its buffers lie in one arena.
 
     Args:
-        source: a Q/DQ graph of one input (N, C, X, Y, Z) and one output; int8 with zero-point 0. Simplified.
+        source: a Q/DQ graph of one input (N, C, X, Y, Z) and one output, simplified; each activation is int8 or uint8 with one step and
+            zero-point.
         batch: N; any number where the graph's first axis is free, else the one that is fixed there.
 
     Raises:
-        EngineError: an operator that the engine does not know, or activations that are not int8 with zero-point 0.
+        EngineError: an operator that the engine does not know, or activations of another type, or with several steps.
         GraphError: the graph cannot be read.
     """
     network = restore_groups(fold(read_network(source, batch)))
@@ -81,7 +82,8 @@ def lower(source: Path | onnx.ModelProto, batch: int) -> Program:
     reports = tuple(assembly.layers[node] for node in network.nodes if node in assembly.layers)
     steps = tuple(assembly.steps)
     notes = tuple(f"{step.op} '{step.name}' runs in FP16 by PyTorch." for step in steps if isinstance(step, Float))
-    return planned(Program(steps, tuple(assembly.buffers), entry, output, reports, notes=notes))
+    buffers, unsigned = tuple(assembly.buffers), output.dtype == "int8" and network.unsigned(network.output)
+    return planned(Program(steps, buffers, entry, output, reports, notes=notes, unsigned=unsigned))
 
 
 def _require_known(network: Network) -> None:
@@ -120,5 +122,5 @@ def _answer(assembly: Assembly) -> View:
     whole = (view.offset, view.strides, buffer.dtype) == (0, dense, wanted) and view.dtype == wanted
     if whole:
         return view
-    out = assembly.fresh(view.shape, "int8" if integers else "fp32", view.step if integers else 1.0)
+    out = assembly.fresh(view.shape, "int8" if integers else "fp32", view.scale if integers else UNIT)
     return assembly.converted(view, out, f"{network.output}/answer")

@@ -6,14 +6,16 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 from torch import Tensor
 
 from ptq3d.engines.triton.assembly import Assembly
 from ptq3d.engines.triton.joining import parts, slice_of
-from ptq3d.engines.triton.network import Node
-from ptq3d.engines.triton.steps import Move, View
-from ptq3d.engines.triton.tails import step_behind_moves
+from ptq3d.engines.triton.network import Network, Node
+from ptq3d.engines.triton.steps import UNIT, Move, Scale, View
+from ptq3d.engines.triton.tails import scale_behind_moves
 from ptq3d.engines.triton.views import canonical_order, moved, order_of, permuted, reshaped
+from ptq3d.errors import EngineError
 
 FLOATING = (1, 10, 11, 16)  # ONNX's numbers of float, float16, double and bfloat16
 
@@ -27,9 +29,10 @@ def alias(assembly: Assembly, node: Node) -> None:
 
 
 def dequantize(assembly: Assembly, node: Node) -> None:
-    """DequantizeLinear of activations: their view says the step."""
+    """DequantizeLinear of activations: their view says the scale."""
     view = assembly.view(node.inputs[0])
-    assembly.name([node.out], replace(view, step=assembly.network.step_of(node)))
+    step, zero = assembly.network.scale_of(node)
+    assembly.name([node.out], replace(view, step=step, zero=zero) if view.dtype == "int8" else view)
 
 
 def reshape(assembly: Assembly, node: Node) -> None:
@@ -93,23 +96,39 @@ def split(assembly: Assembly, node: Node) -> None:
 
 
 def pad(assembly: Assembly, node: Node) -> None:
-    """Pad with zeros."""
+    """Pad with zeros.
+
+    Raises:
+        EngineError: integers padded with another number than their zero-point.
+    """
     view = assembly.view(node.inputs[0])
     pads = _numbers(assembly, node.inputs[1])
     axes = _numbers(assembly, node.input(3)) if node.input(3) else list(range(len(view.shape)))
-    value = assembly.network.constant(node.input(2)) if node.input(2) else None
-    zero = not node.input(2) or (value is not None and not value.any())
-    plain = node.attributes.get("mode", "constant") == "constant" and zero
+    plain = node.attributes.get("mode", "constant") == "constant" and _puts_zero(assembly.network, node, view)
     if pads is None or axes is None or not plain or min(pads) < 0:
         assembly.in_float(node)
         return
     before = [0] * len(view.shape)
     for axis, size in zip(axes, pads, strict=False):
         before[axis] = size
-    whole = assembly.fresh(assembly.network.shapes[node.out], view.dtype, view.step, order_of(view))
+    whole = assembly.fresh(assembly.network.shapes[node.out], view.dtype, view.scale, order_of(view))
     offset = sum(size * stride for size, stride in zip(before, whole.strides, strict=True))
     assembly.emit(Move(node.name, replace(whole, offset=offset, shape=view.shape), view, zeros=whole))
     assembly.name([node.out], whole)
+
+
+def _puts_zero(network: Network, node: Node, view: View) -> bool:
+    """Whether a Pad of constants puts what stands for 0 around a tensor: 0 around real values, the zero-point around integers."""
+    value = network.constant(node.input(2)) if node.input(2) else np.zeros(())
+    if network.quantizing(node.inputs[0]) is None:
+        return value is not None and not value.any()
+    wanted = view.zero + (128 if network.unsigned(node.inputs[0]) else 0)
+    if value is None or (value != wanted).any():
+        raise EngineError(
+            f"Pad '{node.name}' puts another number than the zero-point {wanted} around integers, which the triton engine does "
+            "not. Quantize the network with --target triton."
+        )
+    return True
 
 
 def _numbers(assembly: Assembly, name: str) -> list[int] | None:
@@ -133,20 +152,20 @@ def concat(assembly: Assembly, node: Node) -> None:
 
 def _whole(assembly: Assembly, node: Node, views: Sequence[View]) -> View:
     """Memory for a concat in the order of its first piece; INT8 where all pieces are alike, or it is only moved and rounded."""
-    steps = {view.step if view.dtype == "int8" else None for view in views}
-    step = next(iter(steps)) if len(steps) == 1 else None
-    if step is None:
-        step = _rounded(assembly, node)
+    scales = {view.scale if view.dtype == "int8" else None for view in views}
+    scale = next(iter(scales)) if len(scales) == 1 else None
+    if scale is None:
+        scale = _rounded(assembly, node)
     shape = assembly.network.shapes[node.out]
     order = order_of(views[0]) if min(views[0].shape) > 1 else _order_of_all(views, len(shape))
-    return assembly.fresh(shape, "fp16" if step is None else "int8", 1.0 if step is None else step, order)
+    return assembly.fresh(shape, "fp16" if scale is None else "int8", scale or UNIT, order)
 
 
-def _rounded(assembly: Assembly, node: Node) -> float | None:
+def _rounded(assembly: Assembly, node: Node) -> Scale | None:
     readers = assembly.network.readers(node.out)
-    steps = {assembly.network.step_of(one) if one.op == "QuantizeLinear" else None for one in readers}
-    alone = next(iter(steps)) if len(steps) == 1 and node.out != assembly.network.output else None
-    return alone if alone is not None else step_behind_moves(assembly.network, node.out)
+    scales = {assembly.network.scale_of(one) if one.op == "QuantizeLinear" else None for one in readers}
+    alone = next(iter(scales)) if len(scales) == 1 and node.out != assembly.network.output else None
+    return alone if alone is not None else scale_behind_moves(assembly.network, node.out)
 
 
 def _order_of_all(views: Sequence[View], rank: int) -> tuple[int, ...]:

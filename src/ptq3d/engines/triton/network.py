@@ -11,12 +11,30 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import helper, numpy_helper, shape_inference
+from onnx import TensorProto, helper, numpy_helper, shape_inference
 
+from ptq3d.engines.triton.steps import Scale
 from ptq3d.errors import EngineError, GraphError, line_of
 
 Array = npt.NDArray[Any]
 Shape = tuple[int, ...]
+# operators that move integers, or take the largest
+INTEGER_MOVES = frozenset(
+    {
+        "Concat",
+        "Flatten",
+        "Gather",
+        "Identity",
+        "MaxPool",
+        "Pad",
+        "Reshape",
+        "Slice",
+        "Split",
+        "Squeeze",
+        "Transpose",
+        "Unsqueeze",
+    }
+)
 SMALL = 1024  # values: constants up to this many may be shapes
 
 
@@ -129,21 +147,44 @@ class Network:
             return self.weights[name].real()
         return self.constants.get(name)
 
-    def step_of(self, node: Node) -> float:
-        """The step of a QuantizeLinear or DequantizeLinear of activations.
+    def scale_of(self, node: Node) -> Scale:
+        """What the int8 of a QuantizeLinear or DequantizeLinear of activations stands for; uint8 is stored smaller by 128.
 
         Raises:
-            EngineError: it is not int8 with one step and zero-point 0.
+            EngineError: it is not int8 or uint8 with one step and one zero-point.
         """
-        step, zero = (self.constants.get(node.input(place)) for place in (1, 2))
-        right_zero = zero is not None and zero.dtype == np.int8 and not zero.any()
-        if step is None or step.size != 1 or not right_zero:
-            kind = "no zero-point" if zero is None else f"{zero.dtype}, zero-point {zero.reshape(-1)[:1].tolist()}"
+        step, zero = self.constants.get(node.input(1)), self._zero_of(node)
+        if step is None or step.size != 1 or zero is None or zero.size != 1 or zero.dtype not in (np.int8, np.uint8):
+            kind = "a zero-point that is computed" if zero is None else f"{zero.dtype}, {zero.size} zero-points"
+            steps = "computed" if step is None else step.size
             raise EngineError(
-                f"{node.op} '{node.name}' is not int8 with one step and zero-point 0 ({kind}), which is all that the triton "
-                "engine multiplies. Quantize the network with --target triton."
+                f"{node.op} '{node.name}' is not int8 or uint8 with one step and one zero-point ({kind}, steps: {steps}), which "
+                "is all that the triton engine multiplies. Quantize the network with --target triton."
             )
-        return float(step.reshape(-1)[0])
+        return Scale(float(step.reshape(-1)[0]), int(zero.reshape(-1)[0]) - (128 if zero.dtype == np.uint8 else 0))
+
+    def unsigned(self, name: str) -> bool:
+        """Whether a tensor of integers is uint8 in the file."""
+        node = self.quantizing(name)
+        zero = None if node is None else self._zero_of(node)
+        return zero is not None and zero.dtype == np.uint8
+
+    def quantizing(self, name: str) -> Node | None:
+        """The QuantizeLinear that a tensor of integers comes from, straight or moved; None of other tensors."""
+        node = self.producer(name)
+        while node is not None and node.op not in ("QuantizeLinear", "DequantizeLinear"):
+            node = self.producer(node.inputs[0]) if node.op in INTEGER_MOVES else None
+        return node if node is not None and node.op == "QuantizeLinear" else None
+
+    def _zero_of(self, node: Node) -> Array | None:
+        """The zero-point of a QuantizeLinear or DequantizeLinear, None where it is computed; 0 of its type where it is left out."""
+        if node.input(2):
+            return self.constants.get(node.input(2))
+        if node.op == "DequantizeLinear":
+            source = self.quantizing(node.inputs[0])
+            return None if source is None else np.zeros((), "uint8" if self.unsigned(node.inputs[0]) else "int8")
+        dtype = node.attributes.get("output_dtype", 0) or TensorProto.UINT8
+        return np.zeros((), helper.tensor_dtype_to_np_dtype(dtype))
 
 
 def read_network(source: Path | onnx.ModelProto, batch: int) -> Network:

@@ -1,6 +1,7 @@
 """Normalize (InstanceNormalization, GroupNormalization) and NormalizeRows (LayerNormalization).
 
 A group's mean and variance come from the sums of its integers and of their squares, which are exact in any order: results repeat.
+The integer that stands for 0 goes away with the mean.
 """
 
 from __future__ import annotations
@@ -165,6 +166,7 @@ def _normalize(
     C: tl.constexpr, CHANNEL_BLOCKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
     CHANNELS: tl.constexpr,
     KIND: tl.constexpr, LAST: tl.constexpr, ROUNDS: tl.constexpr, ADDS: tl.constexpr, INTEGERS: tl.constexpr, ONCE: tl.constexpr,
+    ROUNDED_ZERO: tl.constexpr, OTHER_ZERO: tl.constexpr, OUT_ZERO: tl.constexpr,
 ):  # fmt: skip
     first, row, channel, mask = tile(rows, C, CHANNEL_BLOCKS, BLOCK_R, BLOCK_C)
     q = read(x, x_pitch, first, row, channel, mask)
@@ -174,8 +176,8 @@ def _normalize(
     offset = tl.load(of + CHANNELS)
     v = as_float(q) * factor[None, :] + offset[None, :]
     v = finish(
-        v, as_float(there), rounded_step, other_step, out_step,
-        KIND, low, high, ROUNDS, ADDS, LAST, last_low, last_high, INTEGERS, ONCE,
+        v, as_float(there, OTHER_ZERO), rounded_step, other_step, out_step,
+        KIND, low, high, ROUNDS, ADDS, LAST, last_low, last_high, INTEGERS, ONCE, ROUNDED_ZERO, 0, OUT_ZERO,
     )  # fmt: skip
     write(out, v, out_pitch, first, row, channel, mask)
 
@@ -218,6 +220,7 @@ def _normalize_rows(
     rounded_step, other_step, out_step, low, high, last_low, last_high,
     C: tl.constexpr, CHANNEL_BLOCKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
     KIND: tl.constexpr, LAST: tl.constexpr, ROUNDS: tl.constexpr, ADDS: tl.constexpr, INTEGERS: tl.constexpr, ONCE: tl.constexpr,
+    ROUNDED_ZERO: tl.constexpr, OTHER_ZERO: tl.constexpr, OUT_ZERO: tl.constexpr,
 ):  # fmt: skip
     first, row, channel, mask = tile(rows, C, CHANNEL_BLOCKS, BLOCK_R, BLOCK_C)
     q = read(x, x_pitch, first, row, channel, mask)
@@ -231,7 +234,7 @@ def _normalize_rows(
     offset = tl.load(bias + channel, mask=exists, other=0.0)
     v = v * (1.0 / deviation)[:, None] * factor[None, :] + offset[None, :]
     v = finish(
-        v, as_float(there), rounded_step, other_step, out_step,
-        KIND, low, high, ROUNDS, ADDS, LAST, last_low, last_high, INTEGERS, ONCE,
+        v, as_float(there, OTHER_ZERO), rounded_step, other_step, out_step,
+        KIND, low, high, ROUNDS, ADDS, LAST, last_low, last_high, INTEGERS, ONCE, ROUNDED_ZERO, 0, OUT_ZERO,
     )  # fmt: skip
     write(out, v, out_pitch, first, row, channel, mask)

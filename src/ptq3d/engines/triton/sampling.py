@@ -27,12 +27,12 @@ def prepare_pool(step: Pool, place: Place, *, blocks: Blocks = OWN_BLOCKS) -> La
         blocks: "block_rows", "num_warps".
 
     Raises:
-        EngineError: a view whose channels do not lie side by side; a maximum whose output has another type or step.
+        EngineError: a view whose channels do not lie side by side; a maximum whose output has another type or scale.
     """
-    if step.kind == "max" and (step.x.dtype, step.x.step) != (step.out.dtype, step.out.step):
+    if step.kind == "max" and (step.x.dtype, step.x.scale) != (step.out.dtype, step.out.scale):
         raise EngineError(
-            f"'{step.name}' takes a maximum of {step.x.dtype} with step {step.x.step:g}, and its output is "
-            f"{step.out.dtype} with step {step.out.step:g}. Give both one type and step."
+            f"'{step.name}' takes a maximum of {step.x.dtype} with step {step.x.step:g} and zero {step.x.zero}, and its output "
+            f"is {step.out.dtype} with step {step.out.step:g} and zero {step.out.zero}. Give both one type and scale."
         )
     tiling = _voxels(step.out, blocks)
     arguments = {
@@ -76,7 +76,7 @@ def prepare_resize(step: Resize, place: Place, *, blocks: Blocks = OWN_BLOCKS) -
         "scale_z": scales[2],
         "LINEAR": step.mode == "linear",
         "CORNERS": step.align_corners,
-        "SAME": (step.x.dtype, step.x.step) == (step.out.dtype, step.out.step),
+        "SAME": (step.x.dtype, step.x.scale) == (step.out.dtype, step.out.scale),
     }
     return Launches((Launch(_resize, tiling.grid, arguments, blocks.get("num_warps", 4)),))
 
@@ -121,7 +121,7 @@ def _voxels(out: View, blocks: Blocks) -> Tiling:
 
 
 def _images(x: View, out: View, place: Place) -> dict[str, Any]:
-    """Two images, their sizes and strides."""
+    """Two images, their zeros, sizes and strides."""
     for view in (x, out):
         if view.channels > 1 and view.strides[1] != 1:
             raise EngineError(
@@ -132,7 +132,8 @@ def _images(x: View, out: View, place: Place) -> dict[str, Any]:
     out_sizes = {f"out_{axis}_size": size for axis, size in zip("xyz", out.shape[2:], strict=True)}
     strides = {f"{axis}_stride": x.strides[place] for axis, place in zip("nxyz", (0, 2, 3, 4), strict=True)}
     out_strides = {f"out_{axis}_stride": out.strides[place] for axis, place in zip("nxyz", (0, 2, 3, 4), strict=True)}
-    return {"x": place.view(x), "out": place.view(out), **sizes, **out_sizes, **strides, **out_strides}
+    zeros = {"X_ZERO": x.zero, "OUT_ZERO": out.zero}
+    return {"x": place.view(x), "out": place.view(out), **zeros, **sizes, **out_sizes, **strides, **out_strides}
 
 
 @triton.jit
@@ -172,7 +173,7 @@ def _pool(
     n_stride, x_stride, y_stride, z_stride, out_n_stride, out_x_stride, out_y_stride, out_z_stride, x_step, out_step,
     KX: tl.constexpr, KY: tl.constexpr, KZ: tl.constexpr, SX: tl.constexpr, SY: tl.constexpr, SZ: tl.constexpr,
     PX: tl.constexpr, PY: tl.constexpr, PZ: tl.constexpr, MAX: tl.constexpr, INCLUDE: tl.constexpr,
-    INTEGERS: tl.constexpr, UNROLL: tl.constexpr,
+    INTEGERS: tl.constexpr, UNROLL: tl.constexpr, X_ZERO: tl.constexpr, OUT_ZERO: tl.constexpr,
     C: tl.constexpr, CHANNEL_BLOCKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     n, out_x, out_y, out_z, channel, mask = _voxel(
@@ -181,8 +182,9 @@ def _pool(
     count = tl.zeros((BLOCK_R,), tl.int32)
     whole: tl.constexpr = x.dtype.element_ty == tl.int8
     least: tl.constexpr = -128 if whole else float("-inf")
-    missing: tl.constexpr = least if MAX else 0
-    best = tl.full((BLOCK_R, BLOCK_C), missing, tl.int32 if whole else tl.float32)
+    missing: tl.constexpr = least if MAX else X_ZERO
+    start: tl.constexpr = least if MAX else -X_ZERO * KX * KY * KZ  # every tap adds X_ZERO beside its value
+    best = tl.full((BLOCK_R, BLOCK_C), start, tl.int32 if whole else tl.float32)
     for tap in tl.range(0, KX * KY * KZ, loop_unroll_factor=UNROLL):
         i = out_x * SX - PX + tap // (KY * KZ)
         j = out_y * SY - PY + tap // KZ % KY
@@ -200,7 +202,7 @@ def _pool(
         taps = tl.full((BLOCK_R,), KX * KY * KZ, tl.int32) if INCLUDE else tl.maximum(count, 1)
         v = best.to(tl.float32) * tl.div_rn(taps.to(tl.float32) * 0.0 + x_step, taps.to(tl.float32))[:, None]
         if INTEGERS:
-            v = levels(v, out_step)
+            v = levels(v, out_step, zero=OUT_ZERO)
         q = v.to(out.dtype.element_ty)
     into = out + _at(n, out_x, out_y, out_z, out_n_stride, out_x_stride, out_y_stride, out_z_stride)
     tl.store(into + channel[None, :], q, mask=mask)
@@ -223,21 +225,22 @@ def _mixed(a, b, part):
 
 
 @triton.jit
-def _stored(v, dtype: tl.constexpr):
+def _stored(v, dtype: tl.constexpr, zero: tl.constexpr):
     """Values in the output's steps in its type."""
     if dtype == tl.int8:  # the last bits of the sum, as in `levels`
-        v = (tl.minimum(tl.maximum(v, -128.0), 127.0) + 12582912.0).to(tl.int32, bitcast=True)
+        v = tl.minimum(tl.maximum(v, -128.0 - zero), 127.0 - zero)
+        v = (v + 12582912.0).to(tl.int32, bitcast=True) + zero
     return v.to(dtype)
 
 
 @triton.jit
-def _line(x, n, i, j, before, behind, part, n_stride, x_stride, y_stride, z_stride, channel, mask):
+def _line(x, n, i, j, before, behind, part, n_stride, x_stride, y_stride, z_stride, channel, mask, ZERO: tl.constexpr):
     """Values between two voxels that differ in z."""
     first = x + _at(n, i, j, before, n_stride, x_stride, y_stride, z_stride) + channel[None, :]
     second = x + _at(n, i, j, behind, n_stride, x_stride, y_stride, z_stride) + channel[None, :]
     a = tl.load(first, mask=mask, other=0)
     b = tl.load(second, mask=mask, other=0)
-    return _mixed(as_float(a), as_float(b), part)
+    return _mixed(as_float(a, ZERO), as_float(b, ZERO), part)
 
 
 @triton.jit
@@ -245,7 +248,7 @@ def _resize(
     x, out, rows, x_size, y_size, z_size, out_x_size, out_y_size, out_z_size,
     n_stride, x_stride, y_stride, z_stride, out_n_stride, out_x_stride, out_y_stride, out_z_stride,
     ratio, scale_x, scale_y, scale_z,
-    LINEAR: tl.constexpr, CORNERS: tl.constexpr, SAME: tl.constexpr,
+    LINEAR: tl.constexpr, CORNERS: tl.constexpr, SAME: tl.constexpr, X_ZERO: tl.constexpr, OUT_ZERO: tl.constexpr,
     C: tl.constexpr, CHANNEL_BLOCKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     n, out_x, out_y, out_z, channel, mask = _voxel(
@@ -255,18 +258,19 @@ def _resize(
     j, j2, part_y = _between(out_y, y_size, scale_y, LINEAR, CORNERS)
     k, k2, part_z = _between(out_z, z_size, scale_z, LINEAR, CORNERS)
     if LINEAR:
-        a = _line(x, n, i, j, k, k2, part_z, n_stride, x_stride, y_stride, z_stride, channel, mask)
-        b = _line(x, n, i, j2, k, k2, part_z, n_stride, x_stride, y_stride, z_stride, channel, mask)
+        a = _line(x, n, i, j, k, k2, part_z, n_stride, x_stride, y_stride, z_stride, channel, mask, X_ZERO)
+        b = _line(x, n, i, j2, k, k2, part_z, n_stride, x_stride, y_stride, z_stride, channel, mask, X_ZERO)
         near = _mixed(a, b, part_y)
-        a = _line(x, n, i2, j, k, k2, part_z, n_stride, x_stride, y_stride, z_stride, channel, mask)
-        b = _line(x, n, i2, j2, k, k2, part_z, n_stride, x_stride, y_stride, z_stride, channel, mask)
+        a = _line(x, n, i2, j, k, k2, part_z, n_stride, x_stride, y_stride, z_stride, channel, mask, X_ZERO)
+        b = _line(x, n, i2, j2, k, k2, part_z, n_stride, x_stride, y_stride, z_stride, channel, mask, X_ZERO)
         v = _mixed(near, _mixed(a, b, part_y), part_x)
     else:
         there = x + _at(n, i, j, k, n_stride, x_stride, y_stride, z_stride) + channel[None, :]
         v = tl.load(there, mask=mask, other=0)
-    if LINEAR or not SAME:
-        v = as_float(v) * ratio
-        q = _stored(v, out.dtype.element_ty)
+    if LINEAR:
+        q = _stored(v * ratio, out.dtype.element_ty, OUT_ZERO)
+    elif not SAME:
+        q = _stored(as_float(v, X_ZERO) * ratio, out.dtype.element_ty, OUT_ZERO)
     else:
         q = v
     into = out + _at(n, out_x, out_y, out_z, out_n_stride, out_x_stride, out_y_stride, out_z_stride)
@@ -281,19 +285,20 @@ def _halfway(a, b):
 
 
 @triton.jit
-def _four(x, along_x, y, y2, z, z2, channel, mask):
+def _four(x, along_x, y, y2, z, z2, channel, mask, ZERO: tl.constexpr):
     """The values at the corners of a square across the x axis."""
     there = x + along_x + channel[None, :]
-    a = as_float(tl.load(there + y + z, mask=mask, other=0))
-    b = as_float(tl.load(there + y + z2, mask=mask, other=0))
-    c = as_float(tl.load(there + y2 + z, mask=mask, other=0))
-    d = as_float(tl.load(there + y2 + z2, mask=mask, other=0))
+    a = as_float(tl.load(there + y + z, mask=mask, other=0), ZERO)
+    b = as_float(tl.load(there + y + z2, mask=mask, other=0), ZERO)
+    c = as_float(tl.load(there + y2 + z, mask=mask, other=0), ZERO)
+    d = as_float(tl.load(there + y2 + z2, mask=mask, other=0), ZERO)
     return a, b, c, d
 
 
 @triton.jit
 def _put_four(
     out, a, b, c, d, ratio, there, y_stride, z_stride, channel, mask, x_in, y_in, y2_in, z_in, z2_in,
+    ZERO: tl.constexpr,
 ):  # fmt: skip
     """Store the values between the corners of a square: four voxels side by side along y and z."""
     top, top2 = _halfway(a, b)
@@ -302,16 +307,17 @@ def _put_four(
     w, w2 = _halfway(top2, low2)
     dtype: tl.constexpr = out.dtype.element_ty
     into = out + there + channel[None, :]
-    tl.store(into, _stored(v * ratio, dtype), mask=mask & (x_in & y_in & z_in)[:, None])
-    tl.store(into + z_stride, _stored(w * ratio, dtype), mask=mask & (x_in & y_in & z2_in)[:, None])
-    tl.store(into + y_stride, _stored(v2 * ratio, dtype), mask=mask & (x_in & y2_in & z_in)[:, None])
-    tl.store(into + y_stride + z_stride, _stored(w2 * ratio, dtype), mask=mask & (x_in & y2_in & z2_in)[:, None])
+    tl.store(into, _stored(v * ratio, dtype, ZERO), mask=mask & (x_in & y_in & z_in)[:, None])
+    tl.store(into + z_stride, _stored(w * ratio, dtype, ZERO), mask=mask & (x_in & y_in & z2_in)[:, None])
+    tl.store(into + y_stride, _stored(v2 * ratio, dtype, ZERO), mask=mask & (x_in & y2_in & z_in)[:, None])
+    tl.store(into + y_stride + z_stride, _stored(w2 * ratio, dtype, ZERO), mask=mask & (x_in & y2_in & z2_in)[:, None])
 
 
 @triton.jit
 def _double(
     x, out, rows, x_size, y_size, z_size, out_x_size, out_y_size, out_z_size,
     n_stride, x_stride, y_stride, z_stride, out_n_stride, out_x_stride, out_y_stride, out_z_stride, ratio,
+    X_ZERO: tl.constexpr, OUT_ZERO: tl.constexpr,
     C: tl.constexpr, CHANNEL_BLOCKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     n, i, j, k, channel, mask = _voxel(rows, x_size + 1, y_size + 1, z_size + 1, C, CHANNEL_BLOCKS, BLOCK_R, BLOCK_C)
@@ -322,8 +328,8 @@ def _double(
     y2 = _along(tl.minimum(j, y_size - 1), y_stride)
     z1 = _along(tl.maximum(k - 1, 0), z_stride)
     z2 = _along(tl.minimum(k, z_size - 1), z_stride)
-    a, b, c, d = _four(x, x1, y1, y2, z1, z2, channel, mask)
-    e, f, g, h = _four(x, x2, y1, y2, z1, z2, channel, mask)
+    a, b, c, d = _four(x, x1, y1, y2, z1, z2, channel, mask, X_ZERO)
+    e, f, g, h = _four(x, x2, y1, y2, z1, z2, channel, mask, X_ZERO)
     a, e = _halfway(a, e)
     b, f = _halfway(b, f)
     c, g = _halfway(c, g)
@@ -331,9 +337,9 @@ def _double(
     there = _at(n, 2 * i - 1, 2 * j - 1, 2 * k - 1, out_n_stride, out_x_stride, out_y_stride, out_z_stride)
     _put_four(
         out, a, b, c, d, ratio, there, out_y_stride, out_z_stride, channel, mask,
-        i > 0, j > 0, j < y_size, k > 0, k < z_size,
+        i > 0, j > 0, j < y_size, k > 0, k < z_size, OUT_ZERO,
     )  # fmt: skip
     _put_four(
         out, e, f, g, h, ratio, there + out_x_stride, out_y_stride, out_z_stride, channel, mask,
-        i < x_size, j > 0, j < y_size, k > 0, k < z_size,
+        i < x_size, j > 0, j < y_size, k > 0, k < z_size, OUT_ZERO,
     )  # fmt: skip

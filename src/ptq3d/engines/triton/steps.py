@@ -1,6 +1,6 @@
 """What the Triton engine runs: a short list of fused steps, each reading and writing views of buffers in one arena.
 
-Images are stored with their channels last (N, X, Y, Z, C), INT8 with zero-point 0 wherever the file has Q/DQ; a view keeps the
+Images are stored with their channels last (N, X, Y, Z, C), INT8 wherever the file has Q/DQ; a view keeps the
 shape that ONNX knows (N, C, X, Y, Z) and says with strides where each value lies. Arithmetic is that of the reference engine:
 integers bit for bit, each floating-point operation rounded to float32.
 """
@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,16 @@ Dtype = Literal["int8", "fp16", "fp32"]
 BYTES: Mapping[str, int] = {"int8": 1, "fp16": 2, "fp32": 4, "int64": 8}
 Triple = tuple[int, int, int]
 Floats = npt.NDArray[np.float32]
+
+
+class Scale(NamedTuple):
+    """Which real values int8 stands for: (integer - zero) * step."""
+
+    step: float = 1.0
+    zero: int = 0
+
+
+UNIT = Scale()
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,11 @@ class View:
     dtype: Dtype
     step: float = 1.0
     zero: int = 0
+
+    @property
+    def scale(self) -> Scale:
+        """Its step and zero."""
+        return Scale(self.step, self.zero)
 
     @property
     def channel_axis(self) -> int:
@@ -265,7 +280,7 @@ class Pointwise(Step):
 
 @dataclass(frozen=True, eq=False)
 class Pool(Step):
-    """MaxPool of int8 (its step stays), or AveragePool of int8 or fp16.
+    """MaxPool of int8 (its scale stays), or AveragePool of int8 or fp16.
 
     Args:
         kind: "max" or "average".
@@ -313,10 +328,10 @@ class Attend(Step):
 
 @dataclass(frozen=True, eq=False)
 class Move(Step):
-    """A copy of x into `out`, which has the same shape, type and step; any strides.
+    """A copy of x into `out`, which has the same shape, type and scale; any strides.
 
     Args:
-        zeros: the whole tensor of which `out` is a part, filled with zeros first; None where `out` is all of it.
+        zeros: the whole tensor of which `out` is a part, filled with its `zero` first; None where `out` is all of it.
     """
 
     x: View
@@ -387,6 +402,8 @@ class Program:
         layers: every multiplying layer.
         places: byte offsets of the buffers in the arena; those of buffers that live at the same time do not overlap.
         arena_bytes: how long it is.
+        notes: on what runs in FP16.
+        unsigned: the file's answer is uint8, 128 more than the int8 of `output`.
     """
 
     steps: tuple[Step, ...]
@@ -397,3 +414,4 @@ class Program:
     places: tuple[int, ...] = ()
     arena_bytes: int = 0
     notes: tuple[str, ...] = field(default=())
+    unsigned: bool = False

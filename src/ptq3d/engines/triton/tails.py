@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ptq3d.engines.triton.network import Network, Node
-from ptq3d.engines.triton.steps import Activation, Dtype
+from ptq3d.engines.triton.steps import UNIT, Activation, Dtype, Scale
 
 NONE = Activation()
 RESHAPES = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity"})
@@ -25,17 +25,18 @@ class Tail:
     Args:
         names: the tensors that are stored, all with the same values.
         dtype: how.
-        step: the real value of one integer where that is int8.
-        activation, rounded, last: as in `steps.Epilogue`.
+        scale: of the integers where that is int8.
+        activation, last: as in `steps.Epilogue`.
+        rounded: the scale of integers that are never stored.
         other: the name of the other branch of a residual sum, "" where there is none.
         nodes: those that are done with it.
     """
 
     names: tuple[str, ...]
     dtype: Dtype = "fp16"
-    step: float = 1.0
+    scale: Scale = UNIT
     activation: Activation = NONE
-    rounded: float | None = None
+    rounded: Scale | None = None
     other: str = ""
     last: Activation = NONE
     nodes: tuple[Node, ...] = ()
@@ -88,14 +89,14 @@ def _summed(network: Network, name: str, computed: Computed, tail: Tail) -> Tail
 
 def _rounded(network: Network, roundings: tuple[Node, ...], computed: Computed, tail: Tail) -> Tail:
     """A tensor that is rounded by all who read it; nothing of it is stored where one sum alone reads it then."""
-    step = network.step_of(roundings[0])
+    scale = network.scale_of(roundings[0])
     if len(roundings) == 1 and (restored := network.sole_reader(roundings[0].out)) is not None:
         add = network.sole_reader(restored.out)
         other = _other_branch(network, add, restored.out, computed)
-        alike = restored.op == "DequantizeLinear" and network.step_of(restored) == step
+        alike = restored.op == "DequantizeLinear" and network.scale_of(restored) == scale
         if alike and add is not None and other:
             nodes = (*tail.nodes, roundings[0], restored)
-            return _add(network, add, other, replace(tail, rounded=step, nodes=nodes))
+            return _add(network, add, other, replace(tail, rounded=scale, nodes=nodes))
     return _as_integers(network, roundings, tail)
 
 
@@ -105,11 +106,11 @@ def _add(network: Network, add: Node, other: str, tail: Tail) -> Tail:
 
 
 def _as_integers(network: Network, roundings: tuple[Node, ...], tail: Tail) -> Tail:
-    step = network.step_of(roundings[0])
+    scale = network.scale_of(roundings[0])
     read = [node for one in roundings for node in network.readers(one.out) if node.op == "DequantizeLinear"]
-    restored = [node for node in read if network.step_of(node) == step]
+    restored = [node for node in read if network.scale_of(node) == scale]
     names = tuple(node.out for node in (*roundings, *restored))
-    return replace(tail, names=names, dtype="int8", step=step, nodes=(*tail.nodes, *roundings, *restored))
+    return replace(tail, names=names, dtype="int8", scale=scale, nodes=(*tail.nodes, *roundings, *restored))
 
 
 def settle(network: Network, name: str, tail: Tail) -> Tail:
@@ -117,28 +118,28 @@ def settle(network: Network, name: str, tail: Tail) -> Tail:
     roundings = _roundings(network, name)
     if roundings:
         return _as_integers(network, roundings, tail)
-    step = step_behind_moves(network, name)
-    if step is not None:
-        return replace(tail, names=(name,), dtype="int8", step=step)
+    scale = scale_behind_moves(network, name)
+    if scale is not None:
+        return replace(tail, names=(name,), dtype="int8", scale=scale)
     alone = name == network.output and not network.readers(name)
-    return replace(tail, names=(name,), dtype="fp32" if alone else "fp16", step=1.0)
+    return replace(tail, names=(name,), dtype="fp32" if alone else "fp16", scale=UNIT)
 
 
 def _roundings(network: Network, name: str) -> tuple[Node, ...]:
-    """The QuantizeLinear nodes that read a tensor where nothing else does and all have one step; else none."""
+    """The QuantizeLinear nodes that read a tensor where nothing else does and all have one scale; else none."""
     nodes = network.readers(name)
     if not nodes or name == network.output or any(node.op != "QuantizeLinear" for node in nodes):
         return ()
-    return nodes if len({network.step_of(node) for node in nodes}) == 1 else ()
+    return nodes if len({network.scale_of(node) for node in nodes}) == 1 else ()
 
 
-def step_behind_moves(network: Network, name: str) -> float | None:
-    """The INT8 step of a tensor that is only moved before it is rounded, so that it may be rounded first."""
+def scale_behind_moves(network: Network, name: str) -> Scale | None:
+    """The INT8 scale of a tensor that is only moved before it is rounded, so that it may be rounded first."""
     node = network.sole_reader(name)
     if node is None or node.op not in MOVES or len(node.outputs) != 1:
         return None
     roundings = _roundings(network, node.out)
-    return network.step_of(roundings[0]) if roundings else step_behind_moves(network, node.out)
+    return network.scale_of(roundings[0]) if roundings else scale_behind_moves(network, node.out)
 
 
 def _other_branch(network: Network, add: Node | None, name: str, computed: Computed) -> str:

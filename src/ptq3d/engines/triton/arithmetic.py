@@ -15,7 +15,7 @@ from ptq3d.engines.triton.steps import Activation
 
 EXACT = {"enable_fp_fusion": False}
 # numbers that differ from layer to layer: a kernel is not compiled anew for one that is 1 or a multiple of 16
-ZEROS = ("rounded_zero", "other_zero", "out_zero")
+ZEROS = ("rounded_zero", "other_zero", "out_zero", "x_zero")
 # Triton's interpreter rounds between the product and the sum of an fma
 FUSED = tl.constexpr(not triton.knobs.runtime.interpret)
 # activations by number: a kernel is compiled for one

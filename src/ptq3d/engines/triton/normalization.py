@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ptq3d.engines.triton.arithmetic import finish
+from ptq3d.engines.triton.arithmetic import ZEROS, finish
 from ptq3d.engines.triton.place import OWN_BLOCKS, SLOTS, Blocks, Launch, Launches, Place
 from ptq3d.engines.triton.rows import (
     BLOCK_VALUES,
@@ -159,14 +159,14 @@ def _moments(
     tl.store(into + CHANNELS, offset, mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ZEROS)
 def _normalize(
     x, other, out, table, rows, x_pitch, other_pitch, out_pitch,
     rounded_step, other_step, out_step, low, high, last_low, last_high,
     C: tl.constexpr, CHANNEL_BLOCKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
     CHANNELS: tl.constexpr,
     KIND: tl.constexpr, LAST: tl.constexpr, ROUNDS: tl.constexpr, ADDS: tl.constexpr, INTEGERS: tl.constexpr, ONCE: tl.constexpr,
-    ROUNDED_ZERO: tl.constexpr, OTHER_ZERO: tl.constexpr, OUT_ZERO: tl.constexpr,
+    rounded_zero, other_zero, out_zero,
 ):  # fmt: skip
     first, row, channel, mask = tile(rows, C, CHANNEL_BLOCKS, BLOCK_R, BLOCK_C)
     q = read(x, x_pitch, first, row, channel, mask)
@@ -176,8 +176,8 @@ def _normalize(
     offset = tl.load(of + CHANNELS)
     v = as_float(q) * factor[None, :] + offset[None, :]
     v = finish(
-        v, as_float(there, OTHER_ZERO), rounded_step, other_step, out_step,
-        KIND, low, high, ROUNDS, ADDS, LAST, last_low, last_high, INTEGERS, ONCE, ROUNDED_ZERO, 0, OUT_ZERO,
+        v, as_float(there, other_zero), rounded_step, other_step, out_step,
+        KIND, low, high, ROUNDS, ADDS, LAST, last_low, last_high, INTEGERS, ONCE, rounded_zero, 0, out_zero,
     )  # fmt: skip
     write(out, v, out_pitch, first, row, channel, mask)
 
@@ -214,13 +214,13 @@ def prepare_normalize_rows(step: NormalizeRows, place: Place, *, blocks: Blocks 
     return Launches((Launch(_normalize_rows, tiling.grid, arguments, blocks.get("num_warps", 4)),))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ZEROS)
 def _normalize_rows(
     x, other, out, scale, bias, rows, x_pitch, other_pitch, out_pitch, x_step, epsilon,
     rounded_step, other_step, out_step, low, high, last_low, last_high,
     C: tl.constexpr, CHANNEL_BLOCKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
     KIND: tl.constexpr, LAST: tl.constexpr, ROUNDS: tl.constexpr, ADDS: tl.constexpr, INTEGERS: tl.constexpr, ONCE: tl.constexpr,
-    ROUNDED_ZERO: tl.constexpr, OTHER_ZERO: tl.constexpr, OUT_ZERO: tl.constexpr,
+    rounded_zero, other_zero, out_zero,
 ):  # fmt: skip
     first, row, channel, mask = tile(rows, C, CHANNEL_BLOCKS, BLOCK_R, BLOCK_C)
     q = read(x, x_pitch, first, row, channel, mask)
@@ -234,7 +234,7 @@ def _normalize_rows(
     offset = tl.load(bias + channel, mask=exists, other=0.0)
     v = v * (1.0 / deviation)[:, None] * factor[None, :] + offset[None, :]
     v = finish(
-        v, as_float(there, OTHER_ZERO), rounded_step, other_step, out_step,
-        KIND, low, high, ROUNDS, ADDS, LAST, last_low, last_high, INTEGERS, ONCE, ROUNDED_ZERO, 0, OUT_ZERO,
+        v, as_float(there, other_zero), rounded_step, other_step, out_step,
+        KIND, low, high, ROUNDS, ADDS, LAST, last_low, last_high, INTEGERS, ONCE, rounded_zero, 0, out_zero,
     )  # fmt: skip
     write(out, v, out_pitch, first, row, channel, mask)

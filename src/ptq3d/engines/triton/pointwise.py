@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ptq3d.engines.triton.arithmetic import finish
+from ptq3d.engines.triton.arithmetic import ZEROS, finish
 from ptq3d.engines.triton.place import OWN_BLOCKS, Blocks, Launch, Launches, Place
 from ptq3d.engines.triton.rows import (
     BLOCK_VALUES,
@@ -56,7 +56,7 @@ def prepare_pointwise(step: Pointwise, place: Place, *, blocks: Blocks = OWN_BLO
         "out_pitch": tiling.pitches[1],
         "other_pitch": tiling.pitches[-1],
         "x_step": float(step.x.step),
-        "X_ZERO": step.x.zero,
+        "x_zero": step.x.zero,
         "FACTOR": factor_kind,
         "OFFSET": offset_kind,
         **tiling.arguments,
@@ -98,27 +98,27 @@ def _factor_of(factors, start, row, channel, mask, C: tl.constexpr, BY: tl.const
     return found
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ZEROS)
 def _pointwise(
     x, other, out, factor, offset, rows, x_pitch, other_pitch, out_pitch, x_step,
     rounded_step, other_step, out_step, low, high, last_low, last_high,
     C: tl.constexpr, CHANNEL_BLOCKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-    X_ZERO: tl.constexpr, FACTOR: tl.constexpr, OFFSET: tl.constexpr,
+    x_zero, FACTOR: tl.constexpr, OFFSET: tl.constexpr,
     KIND: tl.constexpr, LAST: tl.constexpr, ROUNDS: tl.constexpr, ADDS: tl.constexpr, INTEGERS: tl.constexpr, ONCE: tl.constexpr,
-    ROUNDED_ZERO: tl.constexpr, OTHER_ZERO: tl.constexpr, OUT_ZERO: tl.constexpr,
+    rounded_zero, other_zero, out_zero,
 ):  # fmt: skip
     first, row, channel, mask = tile(rows, C, CHANNEL_BLOCKS, BLOCK_R, BLOCK_C)
     q = read(x, x_pitch, first, row, channel, mask)
     there = read(other, other_pitch, first, row, channel, mask) if ADDS else q
-    v = as_float(q, X_ZERO) * x_step
+    v = as_float(q, x_zero) * x_step
     start = first - tl.program_id(1).to(tl.int64) * rows
     if FACTOR:
         v = v * _factor_of(factor, start, row, channel, mask, C, FACTOR)
     if OFFSET:
         v = v + _factor_of(offset, start, row, channel, mask, C, OFFSET)
     v = finish(
-        v, as_float(there, OTHER_ZERO), rounded_step, other_step, out_step,
-        KIND, low, high, ROUNDS, ADDS, LAST, last_low, last_high, INTEGERS, ONCE, ROUNDED_ZERO, 0, OUT_ZERO,
+        v, as_float(there, other_zero), rounded_step, other_step, out_step,
+        KIND, low, high, ROUNDS, ADDS, LAST, last_low, last_high, INTEGERS, ONCE, rounded_zero, 0, out_zero,
     )  # fmt: skip
     write(out, v, out_pitch, first, row, channel, mask)
 
@@ -151,7 +151,7 @@ def prepare_enter(step: Enter, place: Place, *, blocks: Blocks = OWN_BLOCKS) -> 
         "BLOCK_R": block_r,
         "BLOCK_C": block_c,
         "INTEGERS": step.out.dtype == "int8",
-        "OUT_ZERO": step.out.zero,
+        "out_zero": step.out.zero,
     }
     grid = (-(-voxels // block_r), samples)
     return Launches((Launch(_enter, grid, arguments, blocks.get("num_warps", 4)),))
@@ -163,11 +163,11 @@ def _voxel_stride(view: View) -> int:
     return pitch_of(one)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ZEROS)
 def _enter(
     x, out, voxels, sample_stride, channel_stride, voxel_stride, out_step, OUT_PITCH: tl.constexpr,
     C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, INTEGERS: tl.constexpr,
-    OUT_ZERO: tl.constexpr,
+    out_zero,
 ):  # fmt: skip
     sample = tl.program_id(1).to(tl.int64)
     start = tl.program_id(0) * BLOCK_R
@@ -179,7 +179,7 @@ def _enter(
     from_ = x + sample * sample_stride + start.to(tl.int64) * voxel_stride
     channels_from = channel.to(tl.int64)[None, :] * channel_stride
     v = tl.load(from_ + channels_from + row[:, None] * voxel_stride, mask=mask, other=0.0)
-    v = finish(v, v, 1.0, 1.0, out_step, 0, 0.0, 0.0, False, False, 0, 0.0, 0.0, INTEGERS, out_zero=OUT_ZERO)
+    v = finish(v, v, 1.0, 1.0, out_step, 0, 0.0, 0.0, False, False, 0, 0.0, 0.0, INTEGERS, out_zero=out_zero)
     write(out, v, OUT_PITCH, sample * voxels + start, row, channel, mask)
 
 

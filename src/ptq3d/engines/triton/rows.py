@@ -142,9 +142,9 @@ def epilogue_arguments(epilogue: Epilogue, out: View, place: Place) -> dict[str,
         "last_high": float(epilogue.last.high),
         "KIND": kind_of(epilogue.activation),
         "LAST": kind_of(epilogue.last),
-        "ROUNDED_ZERO": epilogue.rounded_zero,
-        "OTHER_ZERO": 0 if epilogue.other is None else epilogue.other.zero,
-        "OUT_ZERO": out.zero,
+        "rounded_zero": epilogue.rounded_zero,
+        "other_zero": 0 if epilogue.other is None else epilogue.other.zero,
+        "out_zero": out.zero,
         "ROUNDS": epilogue.rounded is not None,
         "ADDS": epilogue.other is not None,
         "INTEGERS": out.dtype == "int8",
@@ -180,7 +180,7 @@ def write(tensor, v, pitch, first, row, channel, mask):
 
 
 @triton.jit
-def as_float(q, zero: tl.constexpr = 0):
+def as_float(q, zero=0):
     """int8 minus `zero`, or floating-point values, as float32; int8 by its bits, since the instruction that converts it is slow."""
     if q.dtype == tl.int8:
         return ((q.to(tl.int32) & 255) ^ 0x4B000080).to(tl.float32, bitcast=True) - (8388736.0 + zero)

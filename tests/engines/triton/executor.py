@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ptq3d.engines.operators import NUMBERS, OPERATORS
 from ptq3d.engines.triton.memory import lifetimes, place
+from ptq3d.engines.triton.program import Program
 from ptq3d.engines.triton.steps import (
     PLAIN_EPILOGUE,
     Activation,
@@ -25,7 +26,6 @@ from ptq3d.engines.triton.steps import (
     NormalizeRows,
     Pointwise,
     Pool,
-    Program,
     Resize,
     Step,
     Upsample,

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ptq3d.engines.triton.memory import ALIGNMENT, lifetimes, place, planned
-from ptq3d.engines.triton.steps import Buffer, Move, Program, View
+from ptq3d.engines.triton.program import Buffer, Program
+from ptq3d.engines.triton.steps import Move, View
 
 LIVES = st.tuples(st.integers(0, 12), st.integers(0, 6)).map(lambda pair: (pair[0], pair[0] + pair[1]))
 BUFFERS = st.lists(st.tuples(st.integers(0, 5000), LIVES), max_size=24)

@@ -16,7 +16,8 @@ from quantized import ZOO, Graph, freed, of_integers, of_the_zoo, small, wanted,
 
 from networks import NETWORKS, windows
 from ptq3d.engines.triton.lowering import lower
-from ptq3d.engines.triton.steps import Attend, Convolve, Float, Move, Normalize, Pointwise, Program, Upsample
+from ptq3d.engines.triton.program import Program
+from ptq3d.engines.triton.steps import Attend, Convolve, Float, Move, Normalize, Pointwise, Upsample
 from ptq3d.errors import EngineError
 
 INTEGERS = ("unet", "meshnet")  # of NETWORKS: nothing between their layers is computed in floating point

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ptq3d.engines.triton.place import SLOTS
-from ptq3d.engines.triton.steps import Program, View
+from ptq3d.engines.triton.program import Program
+from ptq3d.engines.triton.steps import View
 from ptq3d.errors import EngineError
 
 TYPES = {"int8": torch.int8, "fp16": torch.float16, "fp32": torch.float32}

@@ -9,14 +9,13 @@ from typing import Any
 
 from ptq3d.engines.triton.joining import Joins, slice_of
 from ptq3d.engines.triton.network import Network, Node, Shape
+from ptq3d.engines.triton.program import Buffer, LayerPrecision
 from ptq3d.engines.triton.steps import (
     UNIT,
-    Buffer,
     Convolve,
     Dtype,
     Epilogue,
     Float,
-    LayerPrecision,
     Move,
     Pointwise,
     Scale,

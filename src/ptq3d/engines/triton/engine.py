@@ -19,6 +19,7 @@ from ptq3d.engines.triton.floats import prepare_attend, prepare_float
 from ptq3d.engines.triton.lowering import lower
 from ptq3d.engines.triton.normalization import prepare_normalize, prepare_normalize_rows
 from ptq3d.engines.triton.pointwise import prepare_enter, prepare_move, prepare_pointwise
+from ptq3d.engines.triton.program import Program
 from ptq3d.engines.triton.sampling import prepare_pool, prepare_resize
 from ptq3d.engines.triton.steps import (
     Attend,
@@ -30,7 +31,6 @@ from ptq3d.engines.triton.steps import (
     NormalizeRows,
     Pointwise,
     Pool,
-    Program,
     Resize,
     Step,
     Upsample,

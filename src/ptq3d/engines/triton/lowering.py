@@ -15,7 +15,8 @@ from ptq3d.engines.triton.folding import fold, restore_groups
 from ptq3d.engines.triton.joining import join
 from ptq3d.engines.triton.memory import planned
 from ptq3d.engines.triton.network import Network, Node, read_network
-from ptq3d.engines.triton.steps import UNIT, Enter, Float, Program, View
+from ptq3d.engines.triton.program import Program
+from ptq3d.engines.triton.steps import UNIT, Enter, Float, View
 from ptq3d.engines.triton.tails import Tail
 from ptq3d.engines.triton.views import canonical_order, dense_strides
 from ptq3d.errors import EngineError, few

@@ -6,7 +6,8 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from ptq3d.engines.triton.steps import Move, Program, Step
+from ptq3d.engines.triton.program import Program
+from ptq3d.engines.triton.steps import Move, Step
 
 ALIGNMENT = 512  # bytes
 Life = tuple[int, int]

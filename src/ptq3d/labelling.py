@@ -77,7 +77,7 @@ def labels_of(
 
 def _classified(values: Tensor, classify: Classifier, seen: Tensor | None) -> Tensor:
     """(X, Y, Z) classes of (X, Y, Z, F) features, a few planes at a time; 0 where no window looked."""
-    parts = values.split(planes_at_once(len(values), values.device))
+    parts = torch.split(values, planes_at_once(len(values), values.device))
     labels = torch.cat([classify(part.reshape(-1, part.shape[-1])).view(part.shape[:-1]) for part in parts])
     return labels if seen is None else labels.where(seen, 0)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from importlib.metadata import version as version_of
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
 
 ARTEFACT, FACTS = "model.onnx", "triton.json"
 OLDEST = (8, 0)  # compute capability: what Triton compiles for, with INT8 tensor cores
+OLDEST_TRITON = (3, 6)
 MEND = "mend it with: pip install 'ptq3d[triton]'"
 
 
@@ -34,6 +34,9 @@ def unavailable() -> str | None:
     """Why no kernel can run here, None where one can: on a GPU, or in Triton's interpreter where that is asked for."""
     if find_spec("triton") is None:
         return f"Triton is not installed; {MEND}"
+    reason = _unfit()
+    if reason is not None:
+        return reason
     if _interpreted():
         return None
     if torch.version.cuda is None:
@@ -43,6 +46,16 @@ def unavailable() -> str | None:
     except (RuntimeError, AssertionError) as error:  # it says so where the driver is too old
         return f"PyTorch {torch.__version__} for CUDA {torch.version.cuda} cannot use a GPU here: {line_of(error)}"
     return _too_old(torch.device("cuda", torch.cuda.current_device()))
+
+
+def _unfit() -> str | None:
+    """What is wrong with the Triton that is here."""
+    try:
+        import triton
+    except ImportError as error:
+        return f"Triton cannot be imported ({line_of(error)}); {MEND}"
+    found = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return None if found >= OLDEST_TRITON else f"Triton {triton.__version__} is too old, 3.6 or newer is wanted; {MEND}"
 
 
 def _interpreted() -> bool:
@@ -61,7 +74,9 @@ def _too_old(device: torch.device) -> str | None:
 
 def version() -> str:
     """Triton's version."""
-    return version_of("triton")
+    import triton
+
+    return str(triton.__version__)
 
 
 def compiled_for(settings: BuildSettings) -> str:

@@ -159,7 +159,7 @@ def read_network(source: Path | onnx.ModelProto, batch: int) -> Network:
     """
     model = onnx.load(source) if isinstance(source, Path) else source
     graph = model.graph
-    stored = {tensor.name: np.array(numpy_helper.to_array(tensor)) for tensor in graph.initializer}  # writable
+    stored = {tensor.name: _array(tensor) for tensor in graph.initializer}
     inputs = [value for value in graph.input if value.name not in stored]
     if len(inputs) != 1 or len(graph.output) != 1:
         raise GraphError(
@@ -188,6 +188,12 @@ def _require_batch(value: onnx.ValueInfoProto, batch: int) -> None:
         )
 
 
+def _array(tensor: onnx.TensorProto) -> Array:
+    """Its values, writable; BF16, which NumPy and the kernels do not have, as float32."""
+    values = np.array(numpy_helper.to_array(tensor))
+    return values.astype(np.float32) if tensor.data_type == onnx.TensorProto.BFLOAT16 else values
+
+
 def _node(proto: onnx.NodeProto, place: int) -> Node:
     attributes = {one.name: _plain(helper.get_attribute_value(one)) for one in proto.attribute}
     name = proto.name or f"{proto.op_type}_{place}"
@@ -198,7 +204,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, bytes):
         return value.decode()
     if isinstance(value, onnx.TensorProto):
-        return numpy_helper.to_array(value)
+        return _array(value)
     return value if isinstance(value, (int, float, str)) else tuple(value)
 
 

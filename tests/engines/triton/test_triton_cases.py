@@ -12,6 +12,8 @@ from quantized import small
 
 from networks import windows
 from ptq3d.cli import main
+from ptq3d.engines import triton
+from ptq3d.engines.triton.lowering import lower
 
 RULES = 'spacing = [2.0, 2.0, 2.0]\n[[intensity]]\nrule = "window"\nlow = 0.0\nhigh = 1.0\n'
 
@@ -56,3 +58,12 @@ def test_compare_reports_what_ran(folder: Path) -> None:
     )
     assert ours["fidelity"] > 0.99
     assert (floats["precision"], floats["int8_mac_share"]) == ("fp16", 0.0)
+
+
+def test_a_network_is_quantized_for_it_where_it_cannot_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "unavailable", lambda: "no GPU")
+    fp32, output = small("meshnet").with_name("fp32.onnx"), folder / "int8.onnx"
+    assert main(["quantize", "--onnx-path", str(fp32), "--calibration-data", str(folder / "images"), "--windows", "2",
+                 "--target", "triton", "--preprocessing", str(folder / "rules.toml"), "--output", str(output)]) == 0  # fmt: skip
+    monkeypatch.undo()
+    assert all(layer.precision == "int8" for layer in lower(output, 1).layers)

@@ -215,7 +215,8 @@ def assert_best(found: np.ndarray, logits: np.ndarray, *, winners: int = 3, allo
 
 
 # "inductor" runs the torch engine's graph, and compiles for many seconds: tests/laws/test_engines.py holds them equal
-@pytest.fixture(params=[name for name in BACKENDS if name != "inductor"])
+# "triton" takes its own target only and rounds floats to FP16: tests/engines/triton/test_triton_cases.py segments with it
+@pytest.fixture(params=[name for name in BACKENDS if name not in ("inductor", "triton")])
 def engine(request: pytest.FixtureRequest) -> str:
     reason = load_backend(request.param).unavailable()
     if reason is not None:

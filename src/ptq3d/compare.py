@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -104,9 +105,12 @@ class _Timed:
         return int8_mac_share(self.layers)
 
     def precision(self, asked: str) -> str:
-        """ "int8" where any layer runs so, "unknown" where the runtime does not tell of one, otherwise what was asked for."""
-        ran = {layer.precision for layer in self.layers}
-        return next((kind for kind in ("int8", "unknown") if kind in ran), asked)
+        """ "int8" where any layer runs so, "unknown" where the runtime does not tell of one, otherwise what most of it ran in."""
+        ran: Counter[str] = Counter()
+        for layer in self.layers:
+            ran[layer.precision] += layer.macs
+        most = max(ran, key=lambda kind: ran[kind], default=asked)
+        return next((kind for kind in ("int8", "unknown") if kind in ran), most)
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ class Judge:
         self.engines = Engines(found.model, found.seen, target, scratch)
         self._own = self.engines.name == target
         if not self._own:
-            log.warning("ptq3d has no engine for '%s'; its file is judged in ONNX Runtime.", target)
+            log.warning("a file for '%s' is judged in ONNX Runtime: its own engine is compiled for a GPU.", target)
         self._trials: dict[Recipe, Trial] = {}
         self.measured: tuple[Sensitivity, ...] = ()
         self._windows: tuple[_Window, ...] = ()

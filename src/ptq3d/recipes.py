@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 TRIED = 4  # calibration windows on which recipes are tried
+COMPILED = ("tensorrt", "triton")  # for a GPU, which need not be where a network is quantized
 Window = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
 
@@ -36,13 +37,13 @@ class Engines:
     Args:
         model: the simplified FP32 graph; it is left as it is.
         seen: what calibration saw of it.
-        target: the runtime the graphs are written for; its own engine runs them where ptq3d has one that is there and needs no
-            minutes to be built, else ONNX Runtime's. That has no BF16 on the CPU: a BF16 rest then runs in FP32.
+        target: the runtime the graphs are written for; its own engine runs them unless it is compiled for a GPU, then ONNX
+            Runtime's. That has no BF16 on the CPU: a BF16 rest then runs in FP32.
         scratch: a folder for engines.
     """
 
     def __init__(self, model: ir.Model, seen: Observations, target: str, scratch: Path) -> None:
-        own = target in BACKENDS and target not in ("tensorrt", "triton")  # which need a GPU, and have no FP32
+        own = target in BACKENDS and target not in COMPILED
         self.model, self.name = model, target if own else "onnxruntime"
         self._seen, self._scratch = seen, scratch
         self._backend, self._rounded = get_backend(self.name), Rounded()

@@ -60,7 +60,8 @@ PRECISIONS: tuple[Precision, ...] = ("fp32", "tf32", "fp16", "bf16")
 WAYS = {
     way.name: way
     for way in (
-        *(Way(name) for name in BACKENDS if name not in PYTORCH),
+        *(Way(name) for name in BACKENDS if name not in (*PYTORCH, "triton")),
+        Way("triton", EngineOptions(precision="fp16")),  # as which it runs what is not INT8; without a GPU interpreted
         Way("tensorrt", stand_in=True),
         *(Way(name, EngineOptions(device="cpu")) for name in PYTORCH),
         *(Way("torch", EngineOptions(device="cpu", precision=precision)) for precision in ("fp16", "bf16")),
@@ -176,6 +177,10 @@ def test_int8_engines_agree_with_the_reference(network: str, way: str, target: s
         ):
             bench.open(bench.onnx(network, target))
         return
+    if bench.way.backend == "triton" and not TARGETS[target].symmetric:
+        with pytest.raises(EngineError, match=r"Linear '\S+' is not int8.*--retarget triton"):
+            bench.open(bench.onnx(network, target))
+        return
     if bench.way.backend == "tensorrt" and not TARGETS[target].symmetric:
         with pytest.raises(EngineError, match=r"rules of TensorRT.*--retarget tensorrt"):
             bench.open(bench.onnx(network, target))
@@ -210,7 +215,7 @@ def test_batch_equals_windows_one_by_one(bench: Bench) -> None:
 
 
 def test_equal_input_gives_equal_answers_also_of_another_opening(bench: Bench) -> None:
-    target = "tensorrt" if bench.way.backend == "tensorrt" else "openvino"
+    target = bench.way.backend if bench.way.backend in ("tensorrt", "triton") else "openvino"
     x, path = windows(2, seed=9), bench.onnx("meshnet", target)
     with bench.open(path) as engine:
         found = engine(x)
@@ -355,7 +360,7 @@ def test_building_starts_no_process_and_tells_nobody(
     for module, name in ((os, "fork"), (subprocess, "Popen"), (socket, "create_connection")):
         monkeypatch.setattr(module, name, started)
     load_backend(backend).build(onnx, tmp_path / "built")
-    if backend != "inductor":  # which compiles when it is opened: a process of the compiler for each kernel
+    if backend not in ("inductor", "triton"):  # which compile when they are opened, in processes of the compiler
         load_backend(backend).open(tmp_path / "built", EngineOptions())
     assert not calls
 
@@ -504,7 +509,7 @@ def openvino_offers() -> list[str]:
     return list(openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
 
 
-@pytest.mark.parametrize("name", sorted(set(BACKENDS) - {"tensorrt"}))
+@pytest.mark.parametrize("name", sorted(set(BACKENDS) - {"tensorrt", "triton"}))
 def test_an_engine_that_is_not_compiled_refuses_a_batch_by_its_own_name(name: str) -> None:
     backend = load_backend(name)
     assert backend.compiled_for(BuildSettings()) == ""

@@ -43,7 +43,14 @@ class Memory:
 
 
 def image(
-    memory: Memory, shape: tuple[int, ...], step: float, *, pitch: int = 0, at: int = 0, fill: int | None = None, zero: int = 0
+    memory: Memory,
+    shape: tuple[int, ...],
+    step: float,
+    *,
+    pitch: int = 0,
+    at: int = 0,
+    fill: int | None = None,
+    zero: int = 0,
 ) -> View:
     """An int8 image in channels `at`.. of one with `pitch` channels."""
     n, c, x, y, z = shape

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from importlib.metadata import version as version_of
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,10 +20,13 @@ from ptq3d.errors import EngineError, GraphError, OptionError, UnavailableError,
 from ptq3d.progress import Progress, bar, silent
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from ptq3d.engines.triton.engine import TritonEngine
 
 ARTEFACT, FACTS = "model.onnx", "triton.json"
 OLDEST = (8, 0)  # compute capability: what Triton compiles for, with INT8 tensor cores
+OLDEST_TRITON = (3, 6)
 MEND = "mend it with: pip install 'ptq3d[triton]'"
 
 
@@ -32,6 +34,9 @@ def unavailable() -> str | None:
     """Why no kernel can run here, None where one can: on a GPU, or in Triton's interpreter where that is asked for."""
     if find_spec("triton") is None:
         return f"Triton is not installed; {MEND}"
+    reason = _unfit()
+    if reason is not None:
+        return reason
     if _interpreted():
         return None
     if torch.version.cuda is None:
@@ -41,6 +46,16 @@ def unavailable() -> str | None:
     except (RuntimeError, AssertionError) as error:  # it says so where the driver is too old
         return f"PyTorch {torch.__version__} for CUDA {torch.version.cuda} cannot use a GPU here: {line_of(error)}"
     return _too_old(torch.device("cuda", torch.cuda.current_device()))
+
+
+def _unfit() -> str | None:
+    """What is wrong with the Triton that is here."""
+    try:
+        import triton
+    except ImportError as error:
+        return f"Triton cannot be imported ({line_of(error)}); {MEND}"
+    found = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return None if found >= OLDEST_TRITON else f"Triton {triton.__version__} is too old, 3.6 or newer is wanted; {MEND}"
 
 
 def _interpreted() -> bool:
@@ -59,7 +74,9 @@ def _too_old(device: torch.device) -> str | None:
 
 def version() -> str:
     """Triton's version."""
-    return version_of("triton")
+    import triton
+
+    return str(triton.__version__)
 
 
 def compiled_for(settings: BuildSettings) -> str:
@@ -78,7 +95,9 @@ def compiled_for(settings: BuildSettings) -> str:
 
 def _require_precision(precision: str) -> None:
     if precision not in ("fp32", "fp16"):  # fp32 is what everybody gets who says nothing
-        raise OptionError(f"the triton engine runs in FP16 what is not INT8, not in '{precision}'.")
+        raise OptionError(
+            f"the triton engine runs in FP16 what is not INT8, not in '{precision}'. Give --precision fp16, or leave it at fp32."
+        )
 
 
 def build(onnx: Path, folder: Path, settings: BuildSettings = PLAIN, progress: Progress = silent) -> tuple[Path, ...]:
@@ -95,27 +114,43 @@ def build(onnx: Path, folder: Path, settings: BuildSettings = PLAIN, progress: P
         OptionError: settings that it does not have.
     """
     from ptq3d.engines.triton.lowering import lower
-    from ptq3d.graphs.batching import free_batch
-    from ptq3d.graphs.files import load_graph, save_graph
-    from ptq3d.graphs.passes import simplify
+    from ptq3d.graphs.files import save_graph
 
     del progress
     compiled_for(settings)
-    model = simplify(load_graph(onnx))
-    try:
-        free_batch(model)
-    except GraphError as error:
-        if settings.batch > 1:
-            raise EngineError(f"{onnx}: {error} Build it with --batch 1.") from error
-        model = simplify(load_graph(onnx))
+    model, batch = _for_batch(onnx, settings.batch)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         written = Path(scratch) / ARTEFACT
         save_graph(model, written)
-        lower(written, settings.batch)
+        try:
+            lower(written, batch)
+        except EngineError as error:
+            raise EngineError(f"{onnx}: {error}") from error
         facts = Path(scratch) / FACTS
-        facts.write_text(json.dumps({"batch": settings.batch}), encoding="utf-8")
+        facts.write_text(json.dumps({"batch": batch}), encoding="utf-8")
         return tuple(Path(shutil.move(path, folder / path.name)) for path in sorted(Path(scratch).iterdir()))
+
+
+def _for_batch(onnx: Path, batch: int) -> tuple[ir.Model, int]:
+    """A graph for so many windows at a time, or for as many as the file itself fixes."""
+    from ptq3d.graphs.batching import free_batch
+    from ptq3d.graphs.files import load_graph, static_input_shape
+    from ptq3d.graphs.passes import simplify
+
+    model = simplify(load_graph(onnx))
+    own = static_input_shape(model)[0]
+    if own > 1:
+        if batch not in (1, own):
+            raise EngineError(f"{onnx} takes {own} windows at a time, and {batch} were asked for: leave --batch out.")
+        return model, own
+    try:
+        free_batch(model)
+    except GraphError as error:
+        if batch > 1:
+            raise EngineError(f"{onnx}: {error}") from error
+        model = simplify(load_graph(onnx))
+    return model, batch
 
 
 def open(folder: Path, options: EngineOptions) -> TritonEngine:

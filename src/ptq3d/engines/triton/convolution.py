@@ -337,7 +337,13 @@ def launch_of(step: Convolve | Upsample, place: Place, tile: Tile, weights: Any,
         SLOTS,
         step.x.zero != 0,
     )
-    values = (*tensors, *scalars(step.epilogue, step.out), *zeros(step.epilogue, step.out), *constants(step, product, tile), *told)
+    values = (
+        *tensors,
+        *scalars(step.epilogue, step.out),
+        *zeros(step.epilogue, step.out),
+        *constants(step, product, tile),
+        *told,
+    )
     arguments = dict(zip(kernel.arg_names, values, strict=True))
     return Launch(kernel, grid_of(step, product, tile), arguments, tile.warps, tile.stages)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     import onnx
 
 Launchable = Callable[[], None]
+ONE_AT_A_TIME = threading.Lock()  # in Triton's interpreter, which changes Triton's own functions while a kernel runs
 PREPARE: Mapping[type[Step], Callable[..., Launchable]] = {
     Attend: prepare_attend,
     Enter: prepare_enter,
@@ -89,7 +92,8 @@ class TritonEngine:
         self._arena: Arena | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         try:
-            self._prepare(progress)
+            with _current(device):
+                self._prepare(progress)
         except torch.OutOfMemoryError as error:
             raise EngineError(_memory_message(self.program, device, error)) from error
 
@@ -109,15 +113,14 @@ class TritonEngine:
             self._capture(arena)
 
     def _capture(self, arena: Arena) -> None:
-        with torch.cuda.device(self._device):
-            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # compiles what is not compiled yet
-                self._run(arena)
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._run(arena)
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # compiles what is not compiled yet
+            self._run(arena)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._run(arena)
         self._graph = graph
 
     def _run(self, arena: Arena) -> None:
@@ -127,16 +130,22 @@ class TritonEngine:
 
     def replay(self) -> None:
         """Run the network on `static_input` into `static_output`."""
-        if self._arena is None:
-            raise EngineError("this engine is closed. Open the artefact again.")
+        arena = self._open_arena()
         if self._graph is not None:
             self._graph.replay()
-        else:
-            self._run(self._arena)
+            return
+        with ONE_AT_A_TIME:
+            self._run(arena)
+
+    def _open_arena(self) -> Arena:
+        if self._arena is None:
+            raise EngineError("this engine is closed. Open the artefact again.")
+        return self._arena
 
     def step_times(self) -> list[tuple[Step, float]]:
         """Milliseconds of each step by itself, on whatever lies in the arena; GPUs only."""
-        return list(zip(self.program.steps, times_of(self._launches), strict=True))
+        with _current(self._device):
+            return list(zip(self.program.steps, times_of(self._launches), strict=True))
 
     @property
     def spec(self) -> EngineSpec:
@@ -166,9 +175,11 @@ class TritonEngine:
 
     def stream(self, windows: Iterable[Tensor]) -> Iterator[Tensor]:
         """Answers to windows, which stay on the device; see `Engine`."""
+        self._open_arena()
         for group in batches(windows, self._spec, self._batch):
+            self._open_arena()
             try:
-                with torch.inference_mode():
+                with torch.inference_mode(), _current(self._device):
                     for place, window in enumerate(group):
                         self.static_input[place].copy_(window)
                     self.replay()
@@ -183,6 +194,7 @@ class TritonEngine:
 
     def layers(self) -> tuple[LayerReport, ...]:
         """Every multiplying layer with the type in which its kernel multiplies."""
+        self._open_arena()
         found = [LayerReport(layer.name, layer.op, layer.precision, layer.macs) for layer in self.program.layers]
         return (*found, *head_layer(self._head, math.prod(self._spec.window)))
 
@@ -198,6 +210,11 @@ class TritonEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Make a GPU the current one, on which Triton launches."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _memory_message(program: Program, device: torch.device, error: Any) -> str:

@@ -159,7 +159,7 @@ class Network:
             steps = "computed" if step is None else step.size
             raise EngineError(
                 f"{node.op} '{node.name}' is not int8 or uint8 with one step and one zero-point ({kind}, steps: {steps}), which "
-                "is all that the triton engine multiplies. Quantize the network with --target triton."
+                "is all that the triton engine multiplies. Write the file anew: ptq3d quantize --onnx FILE --retarget triton."
             )
         return Scale(float(step.reshape(-1)[0]), int(zero.reshape(-1)[0]) - (128 if zero.dtype == np.uint8 else 0))
 
@@ -200,7 +200,7 @@ def read_network(source: Path | onnx.ModelProto, batch: int) -> Network:
     """
     model = onnx.load(source) if isinstance(source, Path) else source
     graph = model.graph
-    stored = {tensor.name: np.array(numpy_helper.to_array(tensor)) for tensor in graph.initializer}  # writable
+    stored = {tensor.name: _array(tensor) for tensor in graph.initializer}
     inputs = [value for value in graph.input if value.name not in stored]
     if len(inputs) != 1 or len(graph.output) != 1:
         raise GraphError(
@@ -229,6 +229,12 @@ def _require_batch(value: onnx.ValueInfoProto, batch: int) -> None:
         )
 
 
+def _array(tensor: onnx.TensorProto) -> Array:
+    """Its values, writable; BF16, which NumPy and the kernels do not have, as float32."""
+    values = np.array(numpy_helper.to_array(tensor))
+    return values.astype(np.float32) if tensor.data_type == onnx.TensorProto.BFLOAT16 else values
+
+
 def _node(proto: onnx.NodeProto, place: int) -> Node:
     attributes = {one.name: _plain(helper.get_attribute_value(one)) for one in proto.attribute}
     name = proto.name or f"{proto.op_type}_{place}"
@@ -239,7 +245,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, bytes):
         return value.decode()
     if isinstance(value, onnx.TensorProto):
-        return numpy_helper.to_array(value)
+        return _array(value)
     return value if isinstance(value, (int, float, str)) else tuple(value)
 
 

@@ -252,7 +252,7 @@ def test_integers_are_padded_with_nothing_but_their_zero_point() -> None:
     model = onnx.load(written(moved))
     (pad,) = [node for node in model.graph.node if node.op_type == "Pad"]
     del pad.input[2]
-    with pytest.raises(EngineError, match=r"Pad 'pad_\d+' puts another number than the zero-point 37.*--target triton"):
+    with pytest.raises(EngineError, match=r"Pad 'pad_\d+' puts another number than the zero-point 37.*--retarget triton"):
         lower(model, 1)
 
 
@@ -280,7 +280,7 @@ def test_other_activations_than_integers_of_one_scale_are_refused(dtype: type[np
         g.conv8(g.add("DequantizeLinear", x, *scale, axis=1), 3, 2)
         return 2
 
-    with pytest.raises(EngineError, match=rf"not int8 or uint8 with one step.*{np.dtype(dtype)}.*--target triton"):
+    with pytest.raises(EngineError, match=rf"not int8 or uint8 with one step.*{np.dtype(dtype)}.*--retarget triton"):
         lower(written(scaled), 1)
 
 

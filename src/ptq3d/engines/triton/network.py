@@ -141,7 +141,7 @@ class Network:
             kind = "no zero-point" if zero is None else f"{zero.dtype}, zero-point {zero.reshape(-1)[:1].tolist()}"
             raise EngineError(
                 f"{node.op} '{node.name}' is not int8 with one step and zero-point 0 ({kind}), which is all that the triton "
-                "engine multiplies. Write the file anew: ptq3d quantize --onnx FILE --retarget triton."
+                "engine multiplies. Quantize the network with --target triton, or this file anew with ptq3d quantize --retarget triton."
             )
         return float(step.reshape(-1)[0])
 

@@ -239,7 +239,7 @@ def test_channel_slices_leave_their_neighbours_alone(device: torch.device) -> No
     step = convolution(memory, (16, 16), samples=2)
     whole = image(memory, step.out.shape, 0.05, pitch=40, at=16, fill=77)
     step = replace(step, out=whole, x=image(memory, step.x.shape, 0.02, pitch=32, at=16))
-    for tile in TILES[:6]:
+    for tile in TILES[:6:2]:
         memory.buffers[whole.buffer].fill_(77)
         memory.sums(step.sums or 0).zero_()
         checked(step, memory, tile)

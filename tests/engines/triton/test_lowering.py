@@ -195,8 +195,9 @@ def test_rows_are_copied_only_where_values_change_places() -> None:
 
 def test_what_is_not_int8_is_told_with_its_reason() -> None:
     program = lower(written(mixed), 1)
-    (layer,) = [layer for layer in program.layers if layer.precision == "fp16"]
-    assert (layer.op, layer.why, layer.macs) == ("Conv", "its input is not quantized", 8 * 8 * 12 * 10 * 8)
+    grouped, real = [layer for layer in program.layers if layer.precision == "fp16"]
+    assert (grouped.op, grouped.why, grouped.macs) == ("Conv", "it has groups", 8 * 2 * 27 * 8 * 12 * 10)
+    assert (real.op, real.why, real.macs) == ("Conv", "its input is not quantized", 8 * 8 * 12 * 10 * 8)
     assert any("Conv" in note for note in program.notes)
     assert [type(step) for step in program.steps].count(Pointwise) < 12
 
@@ -252,7 +253,9 @@ def test_integers_are_padded_with_nothing_but_their_zero_point() -> None:
     model = onnx.load(written(moved))
     (pad,) = [node for node in model.graph.node if node.op_type == "Pad"]
     del pad.input[2]
-    with pytest.raises(EngineError, match=r"Pad 'pad_\d+' puts another number than the zero-point 37.*--retarget triton"):
+    with pytest.raises(
+        EngineError, match=r"Pad 'pad_\d+' puts another number than the zero-point 37.*--retarget triton"
+    ):
         lower(model, 1)
 
 

@@ -46,7 +46,7 @@ def check_normalize(memory: Memory, step: Normalize, *, blocks: dict[str, int] |
     assert torch.equal(memory.rest(out), rest)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     st.data(),
     st.sampled_from(
@@ -105,7 +105,7 @@ def test_a_constant_channel_becomes_its_bias(device: torch.device) -> None:
         assert (memory.view(out)[:, channel].int() - wanted).abs().max() <= 1
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     st.data(),
     st.sampled_from([1, 3, 16, 48, 64, 96, 100, 192, 384]),

@@ -49,7 +49,7 @@ def check_pointwise(memory: Memory, step: Pointwise, *, exact: bool) -> None:
     assert torch.equal(memory.view(out), first)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     st.data(),
     st.sampled_from([1, 3, 4, 8, 16, 24, 32, 33, 48, 64, 96, 130]),
@@ -160,7 +160,7 @@ def test_enter_rounds_ties_to_even_and_saturates(device: torch.device, zero: int
     assert torch.equal(memory.view(out).cpu().flatten(), levels(values, 0.5, zero).to(torch.int8))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.floats(2.0**-20, 8.0, width=32), st.integers(-6, 6), zeros)
 def test_enter_rounds_the_quotient_as_division_makes_it(
     device: torch.device, step: float, ulps: int, zero: int
@@ -175,7 +175,7 @@ def test_enter_rounds_the_quotient_as_division_makes_it(
     assert torch.equal(memory.view(out).cpu().flatten(), levels(values, step, zero).to(torch.int8))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     st.data(),
     st.lists(st.sampled_from([1, 2, 3, 4, 16]), min_size=2, max_size=5),

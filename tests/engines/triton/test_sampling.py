@@ -28,7 +28,7 @@ def pooled(x: torch.Tensor, step: Pool) -> torch.Tensor:
     return F.avg_pool3d(F.pad(x, order), step.kernel, step.strides) / F.avg_pool3d(ones, step.kernel, step.strides)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.data(), st.sampled_from(["max", "average"]), channel_counts, triples, triples, st.integers(1, 2))
 def test_pool(
     device: torch.device,
@@ -82,7 +82,7 @@ def test_a_crop_is_pooled_where_it_lies(device: torch.device) -> None:
     assert torch.equal(memory.view(out).cpu(), F.max_pool3d(memory.real(x), 2).to(torch.int8))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     st.data(),
     channel_counts,

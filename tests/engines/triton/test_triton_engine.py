@@ -54,3 +54,19 @@ def test_integers_come_in_the_type_of_the_file(
         answers = engine(x)
     assert answers.dtype == dtype
     np.testing.assert_array_equal(answers, wanted(path, x))
+
+
+def test_a_convolution_without_an_int8_kernel_runs_in_fp16_and_says_so(device: torch.device, tmp_path: Path) -> None:
+    def build(graph: Graph) -> int:
+        first = graph.q(graph.add("Relu", graph.conv8(graph.q("image"), 1, 8)))
+        graph.conv8(graph.q(graph.add("Relu", graph.conv8(first, 8, 8, group=4))), 8, 3)
+        return 3
+
+    path = written(build)
+    triton.build(path, tmp_path)
+    x = windows(1)
+    with triton.open(tmp_path, EngineOptions()) as engine:
+        answers, layers = engine(x), engine.layers()
+    assert [layer.precision for layer in layers] == ["int8", "fp16", "int8"]
+    expected = wanted(path, x)
+    assert np.mean(np.abs(answers - expected) <= 4 * np.abs(expected).max() / 127) >= 0.999

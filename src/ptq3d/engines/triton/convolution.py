@@ -13,12 +13,11 @@ import numpy.typing as npt
 from ptq3d.engines.triton.arithmetic import kind_of, one_remainder
 from ptq3d.engines.triton.convolution_kernels import convolve, convolve_lines
 from ptq3d.engines.triton.place import SLOTS, Launch, Place
-from ptq3d.engines.triton.steps import Convolve, Epilogue, Triple, Upsample, View
+from ptq3d.engines.triton.steps import LARGEST_KERNEL, Convolve, Epilogue, Triple, Upsample, View
 from ptq3d.errors import EngineError
 
 Integers = npt.NDArray[np.int8]
 LONGEST_RUN = 256  # bytes that a kernel reads at a time, at most
-LARGEST_KERNEL = 31  # offsets along an axis are bits of an int32
 
 
 @dataclass(frozen=True)

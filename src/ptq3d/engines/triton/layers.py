@@ -11,7 +11,7 @@ from ptq3d.engines.triton import tails
 from ptq3d.engines.triton.assembly import Assembly
 from ptq3d.engines.triton.elementwise import constant_beside
 from ptq3d.engines.triton.network import Network, Node, Weight
-from ptq3d.engines.triton.steps import Convolve, Floats, Upsample, View
+from ptq3d.engines.triton.steps import LARGEST_KERNEL, Convolve, Floats, Upsample, View
 from ptq3d.engines.triton.tails import Tail
 from ptq3d.engines.triton.views import as_voxels
 
@@ -35,9 +35,8 @@ def convolve(assembly: Assembly, node: Node) -> None:
     epilogue = assembly.epilogue(tail, as_image)
     given = node.attributes
     strides, dilations, pads = (tuple(given.get(name, rest)) for name, rest in PLAIN)
-    groups = int(given.get("group", 1))
     out = assembly.store(tail)
-    assembly.emit(Convolve(node.name, out, x, weight, multiplier, bias, strides, dilations, pads, groups, epilogue))
+    assembly.emit(Convolve(node.name, out, x, weight, multiplier, bias, strides, dilations, pads, epilogue=epilogue))
     assembly.layer(node)
 
 
@@ -99,6 +98,10 @@ def _why_float(assembly: Assembly, node: Node, *, axis: int) -> str:
 def _why_not_conv(network: Network, node: Node) -> str:
     if len(network.shapes[node.out]) != 5:
         return f"it is a {len(network.shapes[node.out]) - 2}D convolution"
+    if node.attributes.get("group", 1) != 1:
+        return "it has groups"
+    if max(network.shapes[node.inputs[1]][2:]) > LARGEST_KERNEL:
+        return f"its kernel is longer than {LARGEST_KERNEL}"
     return _why_padded(node)
 
 

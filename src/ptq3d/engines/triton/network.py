@@ -159,7 +159,8 @@ class Network:
             steps = "computed" if step is None else step.size
             raise EngineError(
                 f"{node.op} '{node.name}' is not int8 or uint8 with one step and one zero-point ({kind}, steps: {steps}), which "
-                "is all that the triton engine multiplies. Write the file anew: ptq3d quantize --onnx FILE --retarget triton."
+                "is all that the triton engine multiplies. Quantize the network with --target triton, or this file anew with "
+                "ptq3d quantize --retarget triton."
             )
         return Scale(float(step.reshape(-1)[0]), int(zero.reshape(-1)[0]) - (128 if zero.dtype == np.uint8 else 0))
 

@@ -158,7 +158,7 @@ TILES = [
 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
-@pytest.mark.parametrize("channels", [(16, 16), (32, 20), (64, 32)])
+@pytest.mark.parametrize("channels", [(16, 16), (64, 32)])
 def test_every_tiling_gives_the_same_integers(device: torch.device, tile: Tile, channels: tuple[int, int]) -> None:
     memory = Memory(device)
     checked(convolution(memory, channels), memory, tile)

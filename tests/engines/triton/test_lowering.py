@@ -254,7 +254,7 @@ def test_integers_are_padded_with_nothing_but_their_zero_point() -> None:
     (pad,) = [node for node in model.graph.node if node.op_type == "Pad"]
     del pad.input[2]
     with pytest.raises(
-        EngineError, match=r"Pad 'pad_\d+' puts another number than the zero-point 37.*--retarget triton"
+        EngineError, match=r"Pad 'pad_\d+' puts another number than the zero-point 37.*--target triton"
     ):
         lower(model, 1)
 

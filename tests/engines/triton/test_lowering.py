@@ -253,9 +253,7 @@ def test_integers_are_padded_with_nothing_but_their_zero_point() -> None:
     model = onnx.load(written(moved))
     (pad,) = [node for node in model.graph.node if node.op_type == "Pad"]
     del pad.input[2]
-    with pytest.raises(
-        EngineError, match=r"Pad 'pad_\d+' puts another number than the zero-point 37.*--target triton"
-    ):
+    with pytest.raises(EngineError, match=r"Pad 'pad_\d+' puts another number than the zero-point 37.*--target triton"):
         lower(model, 1)
 
 

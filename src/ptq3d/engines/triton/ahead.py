@@ -17,10 +17,9 @@ import torch
 from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import MockTensor
 
+from ptq3d.engines.triton.arena import TYPES
 from ptq3d.engines.triton.convolution import launch_of
 from ptq3d.engines.triton.steps import View
-
-TYPES = {"int8": torch.int8, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class Blueprint:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from ptq3d.engines.triton.arithmetic import kind_of, one_remainder
 from ptq3d.engines.triton.convolution_kernels import convolve, convolve_lines
 from ptq3d.engines.triton.place import SLOTS, Launch, Place
+from ptq3d.engines.triton.rows import power_of_two
 from ptq3d.engines.triton.steps import LARGEST_KERNEL, Convolve, Epilogue, Triple, Upsample, View
 from ptq3d.errors import EngineError
 
@@ -100,11 +101,6 @@ def product_of(step: Convolve | Upsample) -> Product:
 def _triple(values: Sequence[int]) -> Triple:
     x, y, z = values
     return x, y, z
-
-
-def power_of_two(number: int) -> int:
-    """The least power of two that is no smaller."""
-    return 1 << max(number - 1, 0).bit_length()
 
 
 def columns_of(product: Product, tile: Tile) -> tuple[int, int]:

@@ -94,7 +94,7 @@ def gather_all(x, at, pad, there, SHIFTED: tl.constexpr):
 def add_sums(sums, first, second, channel, live, n, K: tl.constexpr, SLOTS: tl.constexpr):
     """Add sums of each column to those of its channel; integers, so their order does not matter.
 
-    Additions to one address wait for each other, 14 ns each on an H100, so programs take turns among SLOTS copies.
+    Additions to one address wait for each other, so programs take turns among SLOTS copies.
     """
     samples = tl.num_programs(2)
     sums += ((tl.program_id(0) % SLOTS) * samples + n) * (K * 2)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
-from itertools import product as combinations
 
-from ptq3d.engines.triton.convolution import Product, Tile, columns_of, fits, power_of_two, simple_tile
+from ptq3d.engines.triton.convolution import Product, Tile, columns_of, fits, simple_tile
+from ptq3d.engines.triton.rows import power_of_two
 
 SHARED_BYTES = 225_000  # of shared memory that a program of Hopper or Ampere data-centre GPUs may take
 
@@ -15,27 +14,6 @@ def shared_bytes(tile: Tile, kernel_y: int) -> int:
     """What the pipeline of a tiling holds."""
     lines, taps = (tile.lines + kernel_y - 1, kernel_y) if tile.lines > 1 else (1, 1)
     return (lines * tile.rows + taps * tile.columns) * tile.run * tile.stages
-
-
-def sums_of_thread(tile: Tile) -> float:
-    """int32 sums in the registers of each thread."""
-    return tile.lines * tile.rows * tile.columns / (32 * tile.warps)
-
-
-def all_tiles(product: Product) -> Iterator[Tile]:
-    """Every tiling that can compute a product within the device's limits."""
-    outputs = product.channels[1] * product.copies
-    for mode, group, lines in combinations(("tap", "line", "all"), (1, 2, 4), (1, 2, 4)):
-        widest = power_of_two(outputs * group)
-        for (rows, warps), columns in combinations(((64, 4), (128, 4), (128, 8), (256, 8)), (16, 32, 64, 128, 256)):
-            if columns > max(widest, 16) or (columns < widest and columns < 64):
-                continue
-            for run, stages in combinations((32, 64, 128), (2, 3, 4)):
-                tile = Tile(mode, group, lines, rows, columns, run, stages, warps)
-                if not fits(product, tile) or not 8 <= sums_of_thread(tile) <= 140:
-                    continue
-                if shared_bytes(tile, product.kernel[1]) <= SHARED_BYTES and _wastes_little(product, tile):
-                    yield tile
 
 
 def _wastes_little(product: Product, tile: Tile) -> bool:

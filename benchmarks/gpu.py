@@ -1,25 +1,29 @@
 """The Triton engine on an NVIDIA GPU beside PyTorch: latency, throughput, operations against the peak, bytes against the bandwidth.
 
-    python benchmarks/gpu.py GRAPHS [--networks unet ...] [--batches 1 2 4 8 16] [--no-baselines] [--report gpu.json]
+    python benchmarks/gpu.py GRAPHS [--networks unet ...] [--batches 1 8] [--baselines fp16 tf32 fp32] [--starts unet] [--report gpu.json]
 
 GRAPHS is a folder that benchmarks/gpu_graphs.py wrote. Needs torch, triton, numpy and onnx only, and no installation: the package is
-found beside this folder. Every network runs in a process of its own, so that one that fails costs no other; what it had measured is
-kept. Figures are medians of CUDA events around replays of CUDA graphs after warm-up, PyTorch's as well; TOP/s count two operations for
-a multiplication of the network, whatever computes it.
+found beside this folder. Starts are measured with empty caches first; then everything is compiled side by side, and every network
+measured in a process of its own, so that one that fails costs no other; what it had measured is kept. Figures are medians of CUDA
+events around replays of CUDA graphs after warm-up, PyTorch's as well; TOP/s count two operations for a multiplication of the
+network, whatever computes it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
+import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from types import MappingProxyType
 from typing import Any
 
 import onnx
@@ -27,17 +31,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
+from gpu_ahead import fp16_network, prepare
 from gpu_networks import Network, filled, told, volume
 from gpu_tables import BASELINES, shown, table_of_steps
 
-from ptq3d.errors import Ptq3dError
+from ptq3d.errors import EngineError, Ptq3dError
 from ptq3d.windows import gaussian_importance, window_starts
 
 NAMES = ("unet", "nnunet", "segresnet", "transunet", "swinunetr", "mlperf")
 DATASHEET = {"H100": 1979e12, "H200": 1979e12}  # dense INT8 operations a second, SXM; NVIDIA's data sheets
 REPLAYS, WARM = 25, 5
 LIMIT_S = 420  # for one network, compiling included
-BASELINE_BATCHES = (1, 4)
 CASES = {"mlperf": (320, 320, 200)}  # voxels; all others have a CT of the abdomen at 1.5 x 1.5 x 2 mm
 CASE = (158, 198, 164)
 FAILURES = (
@@ -86,10 +90,12 @@ def compiled(model: onnx.ModelProto, batch: int, kind: str) -> Runner:
     """PyTorch's: FP32 and TF32 as they are, FP16 channels last and compiled; cuDNN chooses its kernels by trying them."""
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = kind == "tf32"
-    half = kind == "fp16"
-    network = Network(model, batch, torch.float16 if half else torch.float32, last=half).cuda().eval()
+    run: torch.nn.Module
+    if kind == "fp16":
+        network, run = fp16_network(model, batch)
+    else:
+        run = network = Network(model, batch).cuda().eval()
     x = torch.zeros(network.shape, device="cuda")
-    run = torch.compile(network, dynamic=False, fullgraph=True) if half else network
     with torch.inference_mode():
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -255,11 +261,7 @@ def measured(graphs: Path, name: str, options: argparse.Namespace) -> None:
     best: dict[str, Any] = {}
 
     def first() -> dict[str, Any]:
-        began = perf_counter()
         runner = opened(int8, batches[0])
-        runner.replay()
-        torch.cuda.synchronize()
-        seconds = perf_counter() - began
         layers = runner.engine.program.layers
         macs = sum(one.macs for one in layers)
         shares = sum(one.macs for one in layers if one.precision == "int8") / max(macs, 1)
@@ -269,7 +271,7 @@ def measured(graphs: Path, name: str, options: argparse.Namespace) -> None:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         with torch.inference_mode():
             close = agreement(real(runner), exact(runner.x))
-        return {"seconds": seconds, "gmac": macs / 1e9, "int8_share": shares, **close, "repeats": repeats(runner)}
+        return {"gmac": macs / 1e9, "int8_share": shares, **close, "repeats": repeats(runner)}
 
     def ours(batch: int) -> dict[str, Any]:
         runner = opened(int8, batch)
@@ -281,13 +283,11 @@ def measured(graphs: Path, name: str, options: argparse.Namespace) -> None:
         return {"ms": ms, "windows_s": 1e3 * batch / ms, "repeats": same, "arena_mbytes": arena / 1e6}
 
     def theirs(kind: str, batch: int) -> dict[str, Any]:
-        began = perf_counter()
         runner = compiled(fp32, batch, kind)
-        seconds = perf_counter() - began
         fill(runner)
         ms = timed(runner.replay)
-        found = {"ms": ms, "windows_s": 1e3 * batch / ms, "build_seconds": seconds}
-        if kind == "fp16" and batch == max(wanted):
+        found = {"ms": ms, "windows_s": 1e3 * batch / ms}
+        if kind == "fp16" and batch == max(batches):
             found["case"] = whole_case(runner, CASES.get(name, CASE), classes)
         return found
 
@@ -298,14 +298,13 @@ def measured(graphs: Path, name: str, options: argparse.Namespace) -> None:
         row.part("steps", lambda: table_of_steps(best["runner"].engine, row.found["limits"]))
         row.part("case", lambda: whole_case(best["runner"], CASES.get(name, CASE), classes))
     best.clear()
-    wanted = [one for one in BASELINE_BATCHES if one in batches] or batches[:1]
-    for kind in BASELINES if not options.no_baselines else ():
-        for batch in wanted:
+    for kind in options.baselines:
+        for batch in batches:
             row.part(f"{kind} x{batch}", lambda kind=kind, batch=batch: theirs(kind, batch))
         torch._dynamo.reset()
 
 
-def later_start(graphs: Path, name: str) -> float:
+def start(graphs: Path, name: str) -> float:
     """Seconds from a model in memory to its first answer, in a process that builds nothing but this."""
     model = filled(onnx.load(graphs / f"{name}.int8.onnx"))
     torch.zeros(1, device="cuda")
@@ -316,11 +315,25 @@ def later_start(graphs: Path, name: str) -> float:
     return perf_counter() - began
 
 
-def apart(arguments: Sequence[str]) -> tuple[str, str]:
+def starts(graphs: Path, name: str, scratch: Path) -> dict[str, float]:
+    """The first start with empty caches and a later one, in seconds; "process" counts imports and CUDA's own start."""
+    with tempfile.TemporaryDirectory(dir=scratch) as caches:
+        settings = {"TRITON_CACHE_DIR": f"{caches}/triton", "PTQ3D_CACHE": f"{caches}/ptq3d"}
+        found = {}
+        for which in ("first", "later"):
+            began = perf_counter()
+            text, failure = apart([str(graphs), "--networks", name, "--start"], settings)
+            if failure:
+                raise EngineError(f"{name} did not start: {failure}")
+            found |= {which: float(text.splitlines()[-1]), f"{which}_process": perf_counter() - began}
+    return found
+
+
+def apart(arguments: Sequence[str], settings: Mapping[str, str] = MappingProxyType({})) -> tuple[str, str]:
     """What this file prints in a process of its own, and "" or how it ended."""
     command = [sys.executable, __file__, *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, env={**os.environ, **settings})
     except subprocess.TimeoutExpired:
         return "", f"stopped after {LIMIT_S} s"
     sys.stderr.write(done.stderr)
@@ -331,16 +344,23 @@ def apart(arguments: Sequence[str]) -> tuple[str, str]:
 def network(graphs: Path, name: str, options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """All of one network, measured in processes of its own."""
     part = scratch / f"{name}.json"
-    flags = ["--no-baselines"] if options.no_baselines else []
     batches = [str(one) for one in options.batches]
-    told_by = [str(graphs), "--networks", name, "--report", str(part), "--batches", *batches, *flags, "--inner"]
+    told_by = [
+        str(graphs),
+        "--networks",
+        name,
+        "--report",
+        str(part),
+        "--batches",
+        *batches,
+        "--baselines",
+        *options.baselines,
+        "--inner",
+    ]
     _, failure = apart(told_by)
     found: dict[str, Any] = json.loads(part.read_text()) if part.exists() else {"network": name, "errors": {}}
     if failure:
         found["errors"]["process"] = failure
-    if "first" in found:
-        text, failure = apart([str(graphs), "--networks", name, "--later"])
-        found["later_start_seconds"] = None if failure else float(text.splitlines()[-1])
     return found
 
 
@@ -349,22 +369,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("graphs", type=Path)
     parser.add_argument("--networks", nargs="+", default=list(NAMES))
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 2, 4, 8, 16])
-    parser.add_argument("--no-baselines", action="store_true")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--baselines", nargs="*", choices=BASELINES, default=list(BASELINES))
+    parser.add_argument(
+        "--starts", nargs="*", default=["unet"], help="networks whose first and later start are measured"
+    )
     parser.add_argument("--report", type=Path, default=Path("gpu.json"))
     parser.add_argument("--inner", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--later", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--start", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.inner:
         measured(options.graphs, options.networks[0], options)
-    elif options.later:
-        print(later_start(options.graphs, options.networks[0]))
+    elif options.start:
+        print(start(options.graphs, options.networks[0]))
     else:
         scratch = options.report.with_suffix(".parts")
         scratch.mkdir(parents=True, exist_ok=True)
+        began = {name: starts(options.graphs, name, scratch) for name in options.starts}
+        prepare(options.graphs, options.networks, options.batches, fp16="fp16" in options.baselines)
         rows = []
         for name in options.networks:
-            rows.append(network(options.graphs, name, options, scratch))
+            rows.append(network(options.graphs, name, options, scratch) | {"starts": began.get(name)})
             print(shown(rows[-1]), flush=True)
             options.report.write_text(json.dumps({"rows": rows}, indent=1))
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from ptq3d.engines.triton import steps as kinds
 
-BASELINES = ("fp32", "tf32", "fp16")
+BASELINES = ("fp16", "tf32", "fp32")
 
 
 def macs_of(step: kinds.Step) -> int:
@@ -61,9 +61,10 @@ def shown(found: dict[str, Any]) -> str:
     if first:
         said = f"{first['gmac']:.1f} GMAC a window, {100 * first['int8_share']:.1f} % INT8"
         said += f", error {first['relative_error']:.4f}, equal argmax {first['equal_argmax']:.4f}"
-        later = found.get("later_start_seconds")
-        said += f", first run {first['seconds']:.1f} s" + (f", later {later:.1f} s" if later is not None else "")
         lines[0] += f": {said}"
+    if began := found.get("starts"):
+        whole = f"whole processes {began['first_process']:.1f} and {began['later_process']:.1f} s"
+        lines.append(f"  first start {began['first']:.1f} s, a later one {began['later']:.1f} s ({whole})")
     rates: dict[str, float] = {}
     lines.append(f"  {'':6}{'batch':>6}{'ms':>10}{'windows/s':>11}{'TOP/s':>8}{'sheet':>7}{'_int_mm':>8}  repeats")
     for kind in ("int8", *BASELINES):

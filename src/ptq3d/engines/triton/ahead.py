@@ -19,6 +19,7 @@ from triton.runtime.jit import MockTensor
 
 from ptq3d.engines.triton.arena import TYPES
 from ptq3d.engines.triton.convolution import launch_of
+from ptq3d.engines.triton.keys import fix_keys
 from ptq3d.engines.triton.steps import View
 
 
@@ -44,6 +45,7 @@ class Blueprint:
 
 def main() -> None:
     """Compile every job; one that does not compile is left to whoever launches it."""
+    fix_keys()
     for step, tile in pickle.loads(Path(sys.argv[1]).read_bytes()):
         try:
             launch_of(step, Blueprint(), tile, MockTensor(torch.int8), MockTensor(torch.int32)).compile()

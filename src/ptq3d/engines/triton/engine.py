@@ -18,6 +18,7 @@ from ptq3d.engines.base import EngineSpec, LayerReport, Windows, batches, head_l
 from ptq3d.engines.triton.arena import Arena
 from ptq3d.engines.triton.convolution import prepare_convolve
 from ptq3d.engines.triton.floats import prepare_attend, prepare_float
+from ptq3d.engines.triton.keys import fix_keys
 from ptq3d.engines.triton.lowering import lower
 from ptq3d.engines.triton.normalization import prepare_normalize, prepare_normalize_rows
 from ptq3d.engines.triton.pointwise import prepare_enter, prepare_move, prepare_pointwise
@@ -98,6 +99,7 @@ class TritonEngine:
             raise EngineError(_memory_message(self.program, device, error)) from error
 
     def _prepare(self, progress: Progress) -> None:
+        fix_keys()
         arena = self._arena = Arena(self.program, self._device)
         weighted = [step for step in self.program.steps if isinstance(step, Convolve | Upsample)]
         tiles = iter(choose(weighted, arena, self._device, progress=progress))

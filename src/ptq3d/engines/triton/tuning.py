@@ -64,10 +64,10 @@ def choose(steps: Sequence[Weighted], place: Place, device: torch.device, *, pro
         progress: told how many of the new problems are measured.
     """
     if device.type != "cuda":
-        return [replace(simple_tile(_product(step)), rows=INTERPRETED_ROWS) for step in steps]
+        return [replace(simple_tile(product_of_step(step)), rows=INTERPRETED_ROWS) for step in steps]
     known = _read(device)
     fresh = {problem(step): step for step in steps if problem(step) not in known}
-    tried = {name: worth_trying(_product(step)) for name, step in fresh.items()}
+    tried = {name: worth_trying(product_of_step(step)) for name, step in fresh.items()}
     compile_ahead([(step, tile) for name, step in fresh.items() for tile in tried[name]])
     for number, (name, step) in enumerate(fresh.items()):
         known[name] = fastest(step, tried[name], place)
@@ -77,13 +77,14 @@ def choose(steps: Sequence[Weighted], place: Place, device: torch.device, *, pro
     return [known[problem(step)] for step in steps]
 
 
-def _product(step: Weighted) -> Product:
+def product_of_step(step: Weighted) -> Product:
+    """The matrix product that the kernel of a step computes."""
     return product_of(flattened(step) if isinstance(step, Convolve) else step)
 
 
 def fastest(step: Weighted, tiles: Sequence[Tile], place: Place) -> Tile:
     """The tiling that takes least time."""
-    product = _product(step)
+    product = product_of_step(step)
     device = place.view(step.out).device
     start = place.constant(first_sums(step))
     times: dict[Tile, float] = {}

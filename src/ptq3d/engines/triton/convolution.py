@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from ptq3d.engines.triton.steps import LARGEST_KERNEL, Convolve, Epilogue, Tripl
 from ptq3d.errors import EngineError
 
 Integers = npt.NDArray[np.int8]
-LONGEST_RUN = 256  # bytes that a kernel reads at a time, at most
+PAD_BYTES = 1 << 18  # of zeros that stand beyond the border
 
 
 @dataclass(frozen=True)
@@ -300,6 +301,12 @@ def prepare_convolve(step: Convolve | Upsample, place: Place, tile: Tile) -> Lau
     return launch_of(step, place, tile, weights, place.constant(first_sums(step)))
 
 
+@functools.cache
+def border(zero: int) -> Integers:
+    """(PAD_BYTES,) int8 of an input's zero; the same array for the same zero."""
+    return np.full(PAD_BYTES, zero, np.int8)
+
+
 def launch_of(step: Convolve | Upsample, place: Place, tile: Tile, weights: Any, start: Any) -> Launch:
     """The launch of a convolution whose weights are packed.
 
@@ -322,7 +329,7 @@ def launch_of(step: Convolve | Upsample, place: Place, tile: Tile, weights: Any,
         multiplier,
         multiplier if step.bias is None else place.constant(step.bias),
         multiplier if step.sums is None else place.sums(step.sums),
-        place.constant(np.full(LONGEST_RUN, step.x.zero, np.int8)) if step.x.zero else weights,
+        place.constant(border(step.x.zero)) if step.x.zero else weights,
         start,
     )
     told = (
@@ -331,6 +338,7 @@ def launch_of(step: Convolve | Upsample, place: Place, tile: Tile, weights: Any,
         even(product, tile),
         SLOTS,
         step.x.zero != 0,
+        PAD_BYTES // (tile.rows * tile.run),
     )
     values = (
         *tensors,

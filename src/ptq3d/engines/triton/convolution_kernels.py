@@ -72,22 +72,25 @@ def first_sums(start, channel, live, BM: tl.constexpr, BN: tl.constexpr, SHIFTED
 
 
 @triton.jit
-def gather(x, at, pad, there, exists, SHIFTED: tl.constexpr):
-    """int8 at x + `at` where `there`, the input's zero elsewhere; anything where not `exists`, whose weights are 0.
+def gather(x, at, pad, there, ok, exists, WHOLE: tl.constexpr, FULL: tl.constexpr, SHIFTED: tl.constexpr):
+    """int8 at x + `at` where `there`, the input's zero elsewhere; anything in rows that are not `ok`, which nothing stores, and
+    where not `exists`, whose weights are 0. All rows are ok where WHOLE, and everything exists where FULL.
 
-    `pad` points to the zero as often as a run is long: loads fill with another value than 0 only on the way through registers.
+    `pad` points to zeros: loads fill with another value than 0 only on the way through registers.
     """
     if SHIFTED:
-        return tl.load(tl.where(there, x + at, pad), mask=exists, other=0)
-    return tl.load(x + at, mask=there & exists, other=0)
+        from_there = tl.where(there, x + at, pad)
+        if WHOLE and FULL:
+            return tl.load(from_there)
+        return tl.load(from_there, mask=ok if FULL else ok & exists, other=0)
+    return tl.load(x + at, mask=there if FULL else there & exists, other=0)
 
 
 @triton.jit
-def gather_all(x, at, pad, there, SHIFTED: tl.constexpr):
-    """`gather` where everything exists."""
-    if SHIFTED:
-        return tl.load(tl.where(there, x + at, pad))
-    return tl.load(x + at, mask=there, other=0)
+def pads_of(pad, kk, BM: tl.constexpr, BK: tl.constexpr, PAGES: tl.constexpr):
+    """(BM, BK) pointers to zeros, each row's and each program's own: what all read at one address waits in one corner of L2."""
+    rows = tl.arange(0, BM) * BK
+    return pad + ((tl.program_id(0) % PAGES) * (BM * BK)) + rows[:, None] + kk[None, :]
 
 
 @triton.jit
@@ -117,7 +120,7 @@ def convolve(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
     biased: tl.constexpr, kind: tl.constexpr, rounds: tl.constexpr, adds: tl.constexpr, last: tl.constexpr,
     integers: tl.constexpr, summed: tl.constexpr, once: tl.constexpr, even: tl.constexpr, SLOTS: tl.constexpr,
-    SHIFTED: tl.constexpr,
+    SHIFTED: tl.constexpr, PAGES: tl.constexpr,
 ):  # fmt: skip
     """Any convolution without groups; `MODE` says what a run of `RUN` bytes of the sum is.
 
@@ -152,7 +155,9 @@ def convolve(
     place = col // KP
     channel = col % KP
     live = (channel < K) & (place < P * UX * UY * UZ)
-    pads = tl.broadcast_to((pad + kk)[None, :], (BM, BK))
+    pads = pads_of(pad, kk, BM, BK, PAGES)
+    FULL: tl.constexpr = MODE != "tap" or C % BK == 0
+    WHOLE: tl.constexpr = (OD * OH * G) % BM == 0
     total = first_sums(start, channel + (place * K if UX * UY * UZ > 1 else 0), live, BM, BN, SHIFTED)
     for i in tl.range(0, TAPS * NB, num_stages=STAGES):
         k = (i % NB) * BK + kk
@@ -165,7 +170,8 @@ def convolve(
                 (in_x[:, None] >> tx[None, :]) & (in_y[:, None] >> ty[None, :]) & (in_z[:, None] >> tz[None, :])
             ) & 1
             at = ((tx * DD * H + ty * DH) * W + tz) * x_pitch + k % C
-            a = gather_all(x, base[:, None] + at[None, :], pads, (there != 0) & (tx < KD)[None, :], SHIFTED)
+            there = (there != 0) & (tx < KD)[None, :]
+            a = gather(x, base[:, None] + at[None, :], pads, there, ok[:, None], there, WHOLE, FULL, SHIFTED)
         elif MODE == "line":
             tap = i // NB
             tx = tap // KH
@@ -173,7 +179,8 @@ def convolve(
             tz = k // C
             there = (((in_x >> tx) & (in_y >> ty) & 1)[:, None] & (in_z[:, None] >> tz[None, :])) != 0
             at = base + (tx * DD * H + ty * DH) * W * x_pitch
-            a = gather_all(x, at[:, None] + (tz * x_pitch + k % C)[None, :], pads, there, SHIFTED)
+            at = at[:, None] + (tz * x_pitch + k % C)[None, :]
+            a = gather(x, at, pads, there, ok[:, None], there, WHOLE, FULL, SHIFTED)
         else:
             tap = i // NB
             tx = tap // (KH * KO)
@@ -181,10 +188,8 @@ def convolve(
             tz = tap % KO
             there = ((in_x >> tx) & (in_y >> ty) & (in_z >> tz) & 1) != 0
             at = base + ((tx * DD * H + ty * DH) * W + tz * DW) * x_pitch
-            if C % BK == 0:
-                a = gather_all(x, at[:, None] + k[None, :], pads, there[:, None], SHIFTED)
-            else:
-                a = gather(x, at[:, None] + k[None, :], pads, there[:, None], (k < C)[None, :], SHIFTED)
+            at = at[:, None] + k[None, :]
+            a = gather(x, at, pads, there[:, None], ok[:, None], (k < C)[None, :], WHOLE, FULL, SHIFTED)
         b = tl.load(weights + i * columns * BK)
         total = tl.dot(a, b.T, total, out_dtype=tl.int32)
     keep = ok[:, None] & live[None, :]
@@ -216,7 +221,7 @@ def convolve_lines(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
     biased: tl.constexpr, kind: tl.constexpr, rounds: tl.constexpr, adds: tl.constexpr, last: tl.constexpr,
     integers: tl.constexpr, summed: tl.constexpr, once: tl.constexpr, even: tl.constexpr, SLOTS: tl.constexpr,
-    SHIFTED: tl.constexpr,
+    SHIFTED: tl.constexpr, PAGES: tl.constexpr,
 ):  # fmt: skip
     """A convolution of stride and dilation 1 for LINES output lines along y at a time: each line of the input is read once for all
     of them, which is what the others pay for with bandwidth."""
@@ -244,7 +249,9 @@ def convolve_lines(
     place = col // KP
     channel = col % KP
     live = (channel < K) & (place < P)
-    pads = tl.broadcast_to((pad + kk)[None, :], (BM, BK))
+    pads = pads_of(pad, kk, BM, BK, PAGES)
+    FULL: tl.constexpr = MODE != "tap" or C % BK == 0
+    WHOLE: tl.constexpr = (OD * HB * G) % BM == 0
     totals = ()
     for _ in tl.static_range(LINES):
         totals = totals + (first_sums(start, channel, live, BM, BN, SHIFTED),)
@@ -261,13 +268,11 @@ def convolve_lines(
             there = (in_x >> tx) & (in_y >> line)
             if MODE == "line":
                 there = (there[:, None] & (in_z[:, None] >> (k // C)[None, :]) & 1) != 0
-                a = gather_all(x, at[:, None] + ((k // C) * x_pitch + k % C)[None, :], pads, there, SHIFTED)
-            elif C % BK == 0:
-                there = ((there & (in_z >> tz) & 1) != 0)[:, None]
-                a = gather_all(x, at[:, None] + k[None, :], pads, there, SHIFTED)
+                at = at[:, None] + ((k // C) * x_pitch + k % C)[None, :]
             else:
                 there = ((there & (in_z >> tz) & 1) != 0)[:, None]
-                a = gather(x, at[:, None] + k[None, :], pads, there, (k < C)[None, :], SHIFTED)
+                at = at[:, None] + k[None, :]
+            a = gather(x, at, pads, there, ok[:, None], (k < C)[None, :], WHOLE, FULL, SHIFTED)
             summed_up = ()
             for t in tl.static_range(LINES):
                 if line - t >= 0 and line - t < KH:

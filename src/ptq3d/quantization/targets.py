@@ -59,7 +59,8 @@ class Target:
         symmetric: activations as int8 with zero-point 0 everywhere; otherwise uint8 with a zero-point.
         why: where the rules come from.
         outputs: operators whose outputs are quantized too, between the first INT8 layer and the last weighted one; then
-            everything reads the dequantized tensors. "Concat": its inputs share a scale, whoever reads it.
+            everything reads the dequantized tensors, but for layers in floating point (see `rest`). "Concat": its inputs share a
+            scale, whoever reads it.
         fused: operators that run as one with the one in front of them: only the output of the last is quantized. "Add" and "Mul":
             of a constant for each channel, behind a layer or a normalization; "Reshape": back from groups to channels, there.
         factors: channel scales that no layer takes may stay a multiplication, which runs with what is in front of it.
@@ -171,8 +172,8 @@ TARGETS: Mapping[str, Target] = {
             frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"}),
             False,
             "kernels of our own, which pad with the zero-point and start their sums at minus zero-point times the weights; every "
-            "tensor between the first and the last layer stays INT8, but for attention, which PyTorch's FP16 kernels compute without "
-            "storing its scores",
+            "tensor between the first and the last layer stays INT8, but for what layers in FP16 read and for attention, which "
+            "PyTorch's FP16 kernels compute without storing its scores",
             outputs=frozenset(
                 {"Conv", "ConvTranspose", "Gemm", "MatMul", "Concat", "Add", "Sub", "Mul", "Resize", "AveragePool"}
                 | {"InstanceNormalization", "GroupNormalization", "LayerNormalization", "BatchNormalization"}

@@ -1,6 +1,6 @@
-"""What the graphs written for TensorRT are worth beside those for OpenVINO, without TensorRT: in ONNX Runtime and the reference engine.
+"""What the graphs written for a GPU are worth beside those for OpenVINO, without a GPU: in ONNX Runtime and the reference engine.
 
-    python benchmarks/tensorrt_fidelity.py --shared ../shared --report tensorrt.json [--demo demo-output] [--networks obelisk-fold1 ...]
+    python benchmarks/tensorrt_fidelity.py --shared ../shared --report tensorrt.json [--target triton] [--demo demo-output] [--networks ...]
 
 Networks, windows and fidelity are those of benchmarks/fidelity.py. Both files are made by the default recipe of their target. The
 reference engine is slow, so that it runs --reference test windows of each network only; for these its fidelity stands beside that of
@@ -34,19 +34,20 @@ class Row:
     """One network: fidelity of both files, of all test windows and of those that the reference engine ran."""
 
     network: str
+    target: str
     openvino: float
-    tensorrt: float
+    fidelity: float
     windows: int
     openvino_some: float
-    tensorrt_some: float
-    tensorrt_reference: float
+    fidelity_some: float
+    reference: float
     int8_mac_share: float
     float_layers: list[str]
 
     @property
     def short(self) -> float:
-        """How much the file for TensorRT is behind."""
-        return self.openvino - self.tensorrt
+        """How much the file for the target is behind."""
+        return self.openvino - self.fidelity
 
 
 def written(subject: Subject, target: str, folder: Path) -> tuple[Path, Engines, Recipe]:
@@ -62,7 +63,7 @@ def written(subject: Subject, target: str, folder: Path) -> tuple[Path, Engines,
     return path, engines, recipe
 
 
-def measured(subject: Subject, folder: Path, some: int) -> Row:
+def measured(subject: Subject, target: str, folder: Path, some: int) -> Row:
     """Both files of one network."""
     exact = labels_of(built(subject.onnx, folder / "fp32", "onnxruntime"), subject.test, backend="onnxruntime")
     few = dict(list(subject.test.items())[:some])
@@ -72,16 +73,17 @@ def measured(subject: Subject, folder: Path, some: int) -> Row:
         return float(np.nanmean([fidelity(found[name], exact[name], subject.classes) for name in windows]))
 
     openvino, _, _ = written(subject, "openvino", folder)
-    tensorrt, engines, recipe = written(subject, "tensorrt", folder)
+    other, engines, recipe = written(subject, target, folder)
     made = engines.made(recipe)
     return Row(
         subject.name,
+        target,
         kept(openvino, "onnxruntime", subject.test),
-        kept(tensorrt, "onnxruntime", subject.test),
+        kept(other, "onnxruntime", subject.test),
         len(few),
         kept(openvino, "onnxruntime", few),
-        kept(tensorrt, "onnxruntime", few),
-        kept(tensorrt, "reference", few),
+        kept(other, "onnxruntime", few),
+        kept(other, "reference", few),
         made.int8_mac_share,
         sorted(made.kept),
     )
@@ -91,6 +93,7 @@ def main() -> None:
     """Print the table and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", type=Path, required=True)
+    parser.add_argument("--target", choices=["tensorrt", "triton"], default="tensorrt")
     parser.add_argument("--demo", type=Path, default=Path("demo-output"))
     parser.add_argument("--networks", nargs="+", default=NETWORKS)
     parser.add_argument("--reference", type=int, default=1)
@@ -106,15 +109,15 @@ def main() -> None:
     }
     rows = []
     print(
-        f"{'network':21}{'openvino':>9}{'tensorrt':>9}{'behind':>8}{'bar':>5}{'reference / ort, some':>24}{'INT8':>7}  floating point"
+        f"{'network':21}{'openvino':>9}{options.target:>9}{'behind':>8}{'bar':>5}{'reference / ort, some':>24}{'INT8':>7}  floating point"
     )
     for name in options.networks:
         with tempfile.TemporaryDirectory() as scratch:
-            row = measured(makers[name](), Path(scratch), options.reference)
+            row = measured(makers[name](), options.target, Path(scratch), options.reference)
         rows.append(row)
         met = "met" if row.short <= BAR else "MISS"
-        both = f"{row.tensorrt_reference:.4f} / {row.tensorrt_some:.4f}"
-        shown = f"{row.network:21}{row.openvino:9.4f}{row.tensorrt:9.4f}{row.short:8.4f}{met:>5}{both:>24}{row.int8_mac_share:7.3f}"
+        both = f"{row.reference:.4f} / {row.fidelity_some:.4f}"
+        shown = f"{row.network:21}{row.openvino:9.4f}{row.fidelity:9.4f}{row.short:8.4f}{met:>5}{both:>24}{row.int8_mac_share:7.3f}"
         print(f"{shown}  {', '.join(row.float_layers)}", flush=True)
     if options.report:
         content = {"rows": [{**asdict(row), "behind": row.short} for row in rows], "bar": BAR, "machine": machine()}

@@ -219,7 +219,7 @@ class QuantizeOptions(SourceOptions):
     """Scale channels so that all use the 8 bits (exact in FP32; the scales go into the weights around)."""
     second_terms: float | None = None
     """Share of the network's work that may be spent on its most sensitive layers: they read two 8-bit terms, or leave INT8.
-    Default: as little of 0.2 (tensorrt: 0.4) as keeps the labels of 4 calibration windows, measured on engines of it, 0, 0.02, 0.05
+    Default: as little of 0.2 (tensorrt, triton: 0.4) as keeps the labels of 4 calibration windows, measured on engines of it, 0, 0.02, 0.05
     and 0.2."""
     rounding: Literal["nearest", "gptq"] = "gptq"
     """How weights are rounded: each to its nearest step, or so that the layer's output errs least (and its bias is corrected)."""
@@ -240,7 +240,8 @@ class QuantizeOptions(SourceOptions):
     quantize_mode: str = "int8"
     """Only int8 (a flag of ModelOpt's command line)."""
     high_precision_dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
-    """Type of whatever is no integer, in the file; normalizations stay fp32. Default: fp16 for tensorrt, else and with --retarget fp32."""
+    """Type of whatever is no integer, in the file; normalizations stay fp32. Default: fp16 for tensorrt and triton, else and with
+    --retarget fp32."""
     seed: int = 0
     """Equal seeds draw equal windows."""
 

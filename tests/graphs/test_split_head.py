@@ -14,8 +14,9 @@ from ptq3d.engines.base import EngineOptions
 from ptq3d.graphs.files import load_graph, save_graph
 from ptq3d.graphs.passes import simplify
 from ptq3d.graphs.split_head import Split, head_layer_of, split_head
-from ptq3d.quantization import qdq
+from ptq3d.quantization import planning, qdq
 from ptq3d.quantization.quantizer import HEAD, Recipe, quantize_graph
+from ptq3d.quantization.targets import TARGETS
 from quantizing import observed_exactly, planned
 
 SHAPE = (1, 1, 8, 12, 10)
@@ -142,6 +143,18 @@ def test_the_quantizer_leaves_a_late_head_in_floating_point(tmp_path: Path, endi
     assert split.head.features == 4
     image = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
     assert answers(split.body, tmp_path, image).dtype == np.float32
+
+
+def test_a_late_head_of_triton_reads_integers_though_layers_in_floating_point_do_not(tmp_path: Path) -> None:
+    """It runs outside of the engine, which hands over a quarter of the bytes."""
+    model = simplify(load_graph(wide(tmp_path / "net.onnx")))
+    placement = planning.place(model, TARGETS["triton"])
+    seen = observed_exactly(model, placement=placement)
+    made = quantize_graph(model, seen, Recipe("triton", high_precision_dtype="fp16"))
+    split = split_head(simplify(made.model))
+    assert split.head is not None
+    image = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
+    assert answers(split.body, tmp_path, image).dtype == np.uint8
 
 
 def test_a_wider_kernel_is_no_head(tmp_path: Path) -> None:

@@ -153,6 +153,26 @@ def require_agreement(network: str, recipe: Recipe, engines: Sequence[str], fold
         assert (found.argmax(1) == wanted.argmax(1)).mean() > 0.99
 
 
+@pytest.mark.parametrize("network", ["unet", "meshnet", "resized"])
+@pytest.mark.parametrize("target", [name for name, target in TARGETS.items() if target.rest == "fp16"])
+def test_layers_are_mended_in_fp16_where_the_rest_is(network: str, target: str, tmp_path: Path) -> None:
+    """They leave INT8, the file errs less, and engines agree on what it says."""
+    recipe = recipe_of(QuantizeOptions(target=target))
+    assert (recipe.high_precision_dtype, recipe.second_terms) == ("fp16", 0.4)
+    assert not made(network, replace(recipe, high_precision_dtype="fp32")).mended
+    mended = made(network, recipe)
+    assert mended.mended
+    assert not mended.split
+    assert set(mended.mended) <= set(mended.kept)
+    exact = outputs(example(network)[0], tmp_path / "exact.onnx", images=TEST_IMAGES)
+    found, without = (
+        outputs(made(network, one).model, tmp_path / "q.onnx", images=TEST_IMAGES, engine="reference")
+        for one in (recipe, replace(recipe, second_terms=0.0))
+    )
+    assert np.square(found - exact).mean() < 0.9 * np.square(without - exact).mean()
+    require_agreement(network, recipe, ("reference", "onnxruntime"), tmp_path)
+
+
 @pytest.mark.parametrize(("network", "target"), CASES)
 def test_what_recipes_make_is_read_back(network: str, target: str, tmp_path: Path) -> None:
     result = made(network, Recipe(target))

@@ -250,14 +250,15 @@ def test_the_second_term_is_never_clipped(low: float, high: float, symmetric: bo
     assert np.abs(dequantize(quantize(r, scale), scale) - r).max() <= 0.51 * scale.step
 
 
-def test_where_two_terms_are_never_worth_it_layers_leave_int8(tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", ["tensorrt", "triton"])
+def test_where_two_terms_are_never_worth_it_layers_leave_int8(target: str, tmp_path: Path) -> None:
     """Also those that read a concat, which second terms cannot be made of; within their share, and nothing is split."""
     model = graph(NETWORKS["unet"](tmp_path / "n.onnx"))
-    prices = TARGETS["tensorrt"].mending
+    prices = TARGETS[target].mending
     assert prices is not None
     assert prices.terms is None
-    seen = observed_exactly(model, placement=planning.place(model, TARGETS["tensorrt"]))
-    plan = planned(model, "tensorrt", seen=seen)
+    seen = observed_exactly(model, placement=planning.place(model, TARGETS[target]))
+    plan = planned(model, target, seen=seen)
     found = second_terms.noises(model, plan, seen, prices)
     read = {node.name: node.inputs[0].producer() for node in model.graph if node.op_type == "Conv"}
     joined = {name for name, maker in read.items() if maker is not None and maker.op_type == "Concat"}
@@ -266,3 +267,14 @@ def test_where_two_terms_are_never_worth_it_layers_leave_int8(tmp_path: Path) ->
     assert chosen.floating
     assert not chosen.split
     assert sum(noise.macs for noise in chosen.floating) <= prices.float_share * sum(one.macs for one in layers(model))
+
+
+def test_floating_point_costs_its_multiplications_and_what_it_reads_and_makes(unet: ir.Model) -> None:
+    """An image is no INT8 tensor to begin with."""
+    seen = observed_exactly(unet, placement=planning.place(unet, TARGETS["triton"]))
+    plan = planned(unet, "triton", seen=seen)
+    prices = replace(PRICES, float_mac=3.0, float_value=50.0, float_made=700.0, terms=None)
+    found = {noise.layer: noise for noise in second_terms.noises(unet, plan, seen, prices)}
+    voxels = 8 * 12 * 10
+    assert found["conv_0"].float_work == 3 * found["conv_0"].macs + 700 * 7 * voxels
+    assert found["conv_7"].float_work == 3 * found["conv_7"].macs + (50 * 14 + 700 * 8) * voxels

@@ -1,10 +1,14 @@
-"""Which tensors a kernel never stores in 8 bits: those inside a fused chain, and those that only products of activations read."""
+"""Which tensors a kernel never stores in 8 bits: those inside a fused chain, and those that only products of activations or layers in
+floating point read."""
 
 from __future__ import annotations
+
+from collections.abc import Collection
 
 import onnx_ir as ir
 
 from ptq3d.graphs.layers import WEIGHT_AXIS, shape_of, weight_value
+from ptq3d.quantization.groups import pieces_of
 from ptq3d.quantization.targets import VIEWS, Target
 
 IMAGE_AXES = 5
@@ -116,3 +120,30 @@ def read_by_products(model: ir.Model) -> set[str]:
             if readers and not value.is_graph_output() and all(map(leads_to_product, readers)):
                 found.add(str(value.name))
     return found
+
+
+def unrounded_uses(model: ir.Model, floating: Collection[str]) -> frozenset[tuple[str, int]]:
+    """(node, input) of all that reads what no integer stands for: layers in floating point, and what moves values to these alone.
+
+    What a concat or a move makes is read rounded by all, where anything else reads it: its pieces are.
+
+    Args:
+        model: a simplified FP32 graph.
+        floating: names of the layers.
+    """
+    found: set[tuple[str, int]] = set()
+    for node in reversed(list(model.graph)):
+        output, pieces = node.outputs[0], pieces_of(node.outputs[0])
+        if pieces and only_read_by(output, found):
+            found.update((str(node.name), index) for index, _ in enumerate(pieces))
+        elif pieces:
+            found.difference_update((str(reader.name), index) for reader, index in output.uses())
+        if node.name in floating:
+            found.add((str(node.name), 0))
+    return frozenset(found)
+
+
+def only_read_by(value: ir.Value, uses: Collection[tuple[str, int]]) -> bool:
+    """Whether a tensor is read, and by nothing but these."""
+    readers = [(str(node.name), index) for node, index in value.uses()]
+    return bool(readers) and not value.is_graph_output() and all(one in uses for one in readers)

@@ -11,7 +11,14 @@ import onnx_ir as ir
 from ptq3d.errors import CalibrationError, OptionError
 from ptq3d.graphs.layers import WEIGHT_AXIS, groups, layers, shape_of, weight_axis, weight_value
 from ptq3d.int8 import Scale, scale_of_range, scale_of_weight
-from ptq3d.quantization.fusing import chain_ends, is_product, product_ends, read_by_products
+from ptq3d.quantization.fusing import (
+    chain_ends,
+    is_product,
+    only_read_by,
+    product_ends,
+    read_by_products,
+    unrounded_uses,
+)
 from ptq3d.quantization.groups import Groups, pieces_of, share_steps
 from ptq3d.quantization.observers import Range
 from ptq3d.quantization.targets import MOVES, Target
@@ -95,13 +102,14 @@ def reads_int8(
     return output.name not in planned and any(reads_int8(*use, chosen, planned, sinks) for use in output.uses())
 
 
-def place(model: ir.Model, target: Target, *, keep: Sequence[str] = ()) -> Placement:
+def place(model: ir.Model, target: Target, *, keep: Sequence[str] = (), rounded: Collection[str] = ()) -> Placement:
     """The Q/DQ positions that suit a target.
 
     Args:
         model: a simplified FP32 graph.
         target: the runtime to place for.
         keep: glob patterns of node names that stay in floating point.
+        rounded: of these, the names that read what INT8 layers would; the others read real values where the target says so (`Target.rest`).
 
     Raises:
         OptionError: a pattern matches no weighted node, or nothing is left to quantize.
@@ -126,17 +134,21 @@ def place(model: ir.Model, target: Target, *, keep: Sequence[str] = ()) -> Place
             shared.join(right)
             signed.update(right)
     names = tuple(str(node.name) for node in chosen)
+    mends = bool(target.outputs) and target.mending is not None
+    mended = [name for name in kept if mends and _is_kept(name, keep) and name not in rounded]
+    real = unrounded_uses(model, mended)
     read = _read_uses(model, names, target)
     signed.update(name for value in read.values() for name in _sources(value))
     residual = _residual_uses(model, names) if target.residual else _sum_uses(model, names, target)
-    for branch in (*_inner_tensors(model, names, target), *(residual | read).values()):
+    for branch in (*_inner_tensors(model, (*names, *mended), target, real), *(residual | read).values()):
         shared.join(list(_sources(branch, ends)))
     share_steps(model, shared, target)
     tensors = shared.tuples()
     signed = {name for group in tensors if signed & set(group) for name in group}
     planned = {name for group in tensors for name in group}
     sinks = {*residual, *read, *_readers_of_sums(model, residual)}
-    readers = _other_readers(model, names, planned, None if target.outputs else sinks)
+    others = _other_readers(model, names, planned, None if target.outputs else sinks)
+    readers = {name: rest for name, uses in others.items() if (rest := uses - real)}
     return Placement(names, kept, tensors, frozenset(signed), readers)
 
 
@@ -201,12 +213,12 @@ def _producer(value: ir.Value | None) -> ir.Node | None:
     return None if value is None else value.producer()
 
 
-def _inner_tensors(model: ir.Model, chosen: Collection[str], target: Target) -> list[ir.Value]:
-    """Outputs that the target wants quantized: behind an INT8 layer and in front of a weighted one."""
+def _inner_tensors(model: ir.Model, weighted: Collection[str], target: Target, real: Collection[Use]) -> list[ir.Value]:
+    """Outputs that the target wants quantized: behind a layer of `weighted`, in front of any, and read by more than `real`."""
     nodes = list(model.graph) if target.outputs else []
     behind: set[str | None] = set()
     for node in nodes:
-        if node.name in chosen or any(value is not None and value.name in behind for value in node.inputs):
+        if node.name in weighted or any(value is not None and value.name in behind for value in node.inputs):
             behind.update(value.name for value in node.outputs)
     ahead: set[str | None] = set()
     for node in reversed(nodes):
@@ -219,6 +231,7 @@ def _inner_tensors(model: ir.Model, chosen: Collection[str], target: Target) -> 
         if value.name in behind
         and value.name in ahead
         and value.name not in attended
+        and not only_read_by(value, real)
         and value.dtype == ir.DataType.FLOAT
         and value.const_value is None
     ]
@@ -247,7 +260,7 @@ def _check_patterns(nodes: Iterable[ir.Node], keep: Sequence[str]) -> None:
 
 
 def _why_float(node: ir.Node, target: Target, keep: Sequence[str]) -> str | None:
-    if any(fnmatchcase(str(node.name), pattern) for pattern in keep):
+    if _is_kept(str(node.name), keep):
         return "kept by --keep"
     if node.op_type not in target.operators:
         return f"{target.name} has no INT8 {node.op_type}"
@@ -262,6 +275,10 @@ def _why_float(node: ir.Node, target: Target, keep: Sequence[str]) -> str | None
     if weight_value(node) is not None and node.inputs[0] is not None and node.inputs[0].const_value is not None:
         return "both inputs are constants"
     return None
+
+
+def _is_kept(name: str, keep: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in keep)
 
 
 def _of_a_group(node: ir.Node) -> tuple[int, int]:

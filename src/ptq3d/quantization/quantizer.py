@@ -96,7 +96,8 @@ def quantize_graph(
         seen = seen.scaled(levelled.tensors, levelled.layers)
     head = head_layer_of(model)
     keep = recipe.keep if head is None else (*recipe.keep, glob.escape(head))
-    placement = planning.place(model, target, keep=keep)
+    late = () if head is None else (head,)
+    placement = planning.place(model, target, keep=keep, rounded=late)
     ranges = seen.ranges(placement, method=recipe.calibration_method, symmetric=target.symmetric)
     plan = planning.in_type(planning.plan(model, placement, ranges, target), dtype)
     kept, mended = {**placement.kept, **({} if head is None else {head: HEAD})}, second_terms.Mended()
@@ -106,7 +107,8 @@ def quantize_graph(
         kept |= {layer.layer: "too sensitive for 8 bits" for layer in mended.floating}
         scales = second_terms.split(model, mended.split, seen, symmetric=target.symmetric, dtype=dtype)
         seen = second_terms.split_rows(seen, mended.split, scales)
-        placement = planning.place(model, target, keep=tuple(glob.escape(name) for name in kept))
+        keep = (*keep, *(glob.escape(layer.layer) for layer in mended.floating))
+        placement = planning.place(model, target, keep=keep, rounded=late)
         plan = planning.in_type(planning.plan(model, placement, ranges, target, given=scales), dtype)
     if recipe.rounding == "gptq":
         rounding.round_weights(model, plan, seen.layers, rounded)

@@ -13,7 +13,7 @@ from ptq3d.errors import GraphError
 from ptq3d.graphs.layers import WEIGHT_AXIS, weight_value
 from ptq3d.int8 import Scale, scale_of_range
 from ptq3d.quantization.groups import pieces_of, quantized_below
-from ptq3d.quantization.planning import Placement, Plan, place
+from ptq3d.quantization.planning import Placement, Plan, place, reads_int8
 from ptq3d.quantization.targets import Target
 
 
@@ -57,7 +57,10 @@ def retarget(model: ir.Model, foreign: Plan, target: Target, *, keep: Sequence[s
         )
     named = [node.name for node in model.graph if node.op_type in WEIGHT_AXIS]
     floating = [glob.escape(str(name)) for name in named if name not in foreign.layers]
-    placement = place(model, target, keep=(*floating, *keep))
+    rounded = [
+        str(node.name) for node in model.graph if node.op_type in WEIGHT_AXIS and _reads_rounded(node, 0, foreign)
+    ]
+    placement = place(model, target, keep=(*floating, *keep), rounded=rounded)
     kept = {name: "as in the file" if name not in foreign.layers else why for name, why in placement.kept.items()}
     found = _scales_of_sources(model, foreign, placement)
     activations = _activations(placement, found, target)
@@ -70,6 +73,20 @@ def retarget(model: ir.Model, foreign: Plan, target: Target, *, keep: Sequence[s
     dropped = tuple(name for name in foreign.activations if name not in activations)
     readers = {name: uses for name, uses in placement.readers.items() if name in activations}
     return Retargeted(Plan(placement.layers, activations, weights, target.name, readers), kept, rescaled, dropped)
+
+
+def _reads_rounded(node: ir.Node, index: int, foreign: Plan) -> bool:
+    """Whether that input is a dequantized tensor in the file, or made of one by concats and moves."""
+    value = node.inputs[index]
+    if value is None or value.name is None:
+        return False
+    if value.name in foreign.activations:
+        others = foreign.readers.get(value.name, frozenset())
+        return (node.name, index) in others or reads_int8(node, index, foreign.layers, foreign.activations)
+    producer = value.producer()
+    return producer is not None and any(
+        _reads_rounded(producer, place, foreign) for place, _ in enumerate(pieces_of(value))
+    )
 
 
 def _scales_of_sources(model: ir.Model, foreign: Plan, placement: Placement) -> dict[str, list[Scale]]:

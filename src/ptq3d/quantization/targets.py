@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ptq3d.errors import OptionError
@@ -33,6 +33,7 @@ class Prices:
         lanes: (input, output) channels that INT8 takes at once; fewer take as long.
         most: the share of the network's work that may be spent where the user says nothing.
         as_good: less is enough where the labels disagree at most that many times as much; the cheaper mending, the closer to 1.
+        float_made: of a value that a layer in floating point makes, where it is rounded in a pass of its own.
     """
 
     value: float
@@ -45,6 +46,7 @@ class Prices:
     lanes: tuple[int, int]
     most: float
     as_good: float
+    float_made: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ class Target:
         symmetric: activations as int8 with zero-point 0 everywhere; otherwise uint8 with a zero-point.
         why: where the rules come from.
         outputs: operators whose outputs are quantized too, between the first INT8 layer and the last weighted one; then
-            everything reads the dequantized tensors. "Concat": its inputs share a scale, whoever reads it.
+            everything reads the dequantized tensors, but for layers in floating point (see `rest`). "Concat": its inputs share a
+            scale, whoever reads it.
         fused: operators that run as one with the one in front of them: only the output of the last is quantized. "Add" and "Mul":
             of a constant for each channel, behind a layer or a normalization; "Reshape": back from groups to channels, there.
         factors: channel scales that no layer takes may stay a multiplication, which runs with what is in front of it.
@@ -70,7 +73,8 @@ class Target:
         unshifted: layers that run in INT8 only where what they read has zero-point 0.
         direct: layers must read a DequantizeLinear itself: concats and moves in front of them are quantized behind, too.
         channel_steps: QuantizeLinear may have a step for each channel where DequantizeLinear has one: channel scales are free.
-        rest: the type of what stays in floating point where the user says nothing; sensitive layers are mended in it only.
+        rest: the type of what stays in floating point where the user says nothing; sensitive layers are mended in it only. Where `outputs`
+            are quantized, layers in floating point read what is not, if the target mends any.
         group_multiple: a group of an INT8 convolution reads and makes a multiple of so many channels.
         mending: what it costs there to mend a sensitive layer; None where none is mended.
         shuffles: a ConvTranspose with kernel = stride is written as a 1x1x1 convolution and a shuffle of its channels.
@@ -96,6 +100,21 @@ class Target:
     mending: Prices | None = None
     shuffles: bool = False
 
+
+# with an FP16 rest: tensor cores multiply INT8 twice as fast as FP16, about 300 times in the time of a byte; INT8 volumes are packs of
+# 32 channels; two terms would be made by an operator of its own
+TENSOR_CORES = Prices(
+    value=600,
+    terms=None,
+    float_value=600,
+    float_mac=1.0,
+    float_share=0.5,
+    float_bytes=1,
+    weights=0.05,
+    lanes=(32, 32),
+    most=0.4,
+    as_good=1.05,
+)
 
 TARGETS: Mapping[str, Target] = {
     target.name: target
@@ -135,20 +154,7 @@ TARGETS: Mapping[str, Target] = {
             residual=True,
             rest="fp16",
             group_multiple=4,
-            # with an FP16 rest: tensor cores multiply INT8 twice as fast as FP16, about 300 times in the time of a byte; INT8
-            # volumes are packs of 32 channels; two terms would be made by an operator of its own
-            mending=Prices(
-                value=600,
-                terms=None,
-                float_value=600,
-                float_mac=1.0,
-                float_share=0.5,
-                float_bytes=1,
-                weights=0.05,
-                lanes=(32, 32),
-                most=0.4,
-                as_good=1.05,
-            ),
+            mending=TENSOR_CORES,
             shuffles=True,
         ),
         Target(
@@ -166,8 +172,8 @@ TARGETS: Mapping[str, Target] = {
             frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"}),
             False,
             "kernels of our own, which pad with the zero-point and start their sums at minus zero-point times the weights; every "
-            "tensor between the first and the last layer stays INT8, but for attention, which PyTorch's FP16 kernels compute without "
-            "storing its scores",
+            "tensor between the first and the last layer stays INT8, but for what layers in FP16 read and for attention, which "
+            "PyTorch's FP16 kernels compute without storing its scores",
             outputs=frozenset(
                 {"Conv", "ConvTranspose", "Gemm", "MatMul", "Concat", "Add", "Sub", "Mul", "Resize", "AveragePool"}
                 | {"InstanceNormalization", "GroupNormalization", "LayerNormalization", "BatchNormalization"}
@@ -177,6 +183,10 @@ TARGETS: Mapping[str, Target] = {
             factors=False,
             selects=frozenset({"Pad", "Slice"}),
             products=False,
+            rest="fp16",
+            # a convolution of PyTorch's in FP16 takes about three times as long as our INT8 kernels; what it makes is written and read
+            # once more to be rounded, 4 bytes a value
+            mending=replace(TENSOR_CORES, float_mac=2.0, float_made=1200),
         ),
     )
 }

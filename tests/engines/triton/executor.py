@@ -245,6 +245,11 @@ def move(run: Executor, step: Move) -> None:
     run.seen(step.out).copy_(values)
 
 
+def _in_float32(constant: np.ndarray) -> Tensor:
+    tensor = torch.from_numpy(np.array(constant))
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
 def in_float(run: Executor, step: Float) -> None:
     places = NUMBERS.get(step.op, ())
     given: list[Any] = []
@@ -255,7 +260,7 @@ def in_float(run: Executor, step: Float) -> None:
         elif one is None:
             given.append(None)
         else:
-            given.append(one.reshape(-1).tolist() if number in places else torch.from_numpy(np.array(one)))
+            given.append(one.reshape(-1).tolist() if number in places else _in_float32(one))
     run.seen(step.out).copy_(OPERATORS[step.op](step.attributes, *given))
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -20,11 +20,13 @@ from ptq3d.engines.torch import ARTEFACT
 from ptq3d.graphs.batching import free_batch
 from ptq3d.graphs.export import export_network
 from ptq3d.graphs.files import load_graph, save_graph
+from ptq3d.graphs.low_precision import low_precision
 from ptq3d.graphs.passes import simplify
 from ptq3d.models import build_network
-from ptq3d.quantization import qdq
+from ptq3d.quantization import planning, qdq
 from quantizing import observed_by_torch, planned
 
+Rest = Literal["fp32", "fp16", "bf16"]
 ZOO: dict[str, dict[str, Any]] = {
     "nnunet": {"channels": (4, 8, 16), "num_classes": 6, "window": (8, 8, 12)},
     "segresnet": {"channels": (8, 16, 32), "num_classes": 6, "window": (8, 8, 12)},
@@ -47,24 +49,27 @@ def wanted(path: Path, x: np.ndarray) -> np.ndarray:
         return engine(x)
 
 
-def quantize(fp32: Path, window: tuple[int, ...]) -> Path:
-    """A file quantized for the target triton, in a folder that engines open."""
+def quantize(fp32: Path, window: tuple[int, ...], *, keep: Sequence[str] = (), rest: Rest = "fp32") -> Path:
+    """A file quantized for the target triton, in a folder that engines open; its rest, and the layers of `keep`, are of that type."""
     images = [image[None] for image in windows(2, shape=(1, *window))]
     seen = observed_by_torch(fp32, "triton", images)
     model = simplify(load_graph(fp32))
     path = fp32.with_name(ARTEFACT)
-    save_graph(qdq.write(model, planned(model, "triton", seen=seen)), path)
+    made = qdq.write(model, planning.in_type(planned(model, "triton", seen=seen, keep=keep), rest))
+    if rest != "fp32":
+        low_precision(made, rest)
+    save_graph(made, path)
     return path
 
 
 @cache
-def small(name: str) -> Path:
+def small(name: str, *, keep: tuple[str, ...] = (), rest: Rest = "fp32") -> Path:
     """A network of `NETWORKS`, quantized."""
-    return quantize(NETWORKS[name](Path(mkdtemp()) / "fp32.onnx"), (8, 12, 10))
+    return quantize(NETWORKS[name](Path(mkdtemp()) / "fp32.onnx"), (8, 12, 10), keep=keep, rest=rest)
 
 
 @cache
-def of_the_zoo(name: str) -> Path:
+def of_the_zoo(name: str, *, rest: Rest = "fp32") -> Path:
     """A network of the zoo with few channels, norms and biases that do something, quantized."""
     torch.manual_seed(0)
     network, window = build_network(name, **ZOO[name]).eval(), ZOO[name]["window"]
@@ -73,7 +78,7 @@ def of_the_zoo(name: str) -> Path:
             parameter.data += 0.2 * torch.randn_like(parameter)
     fp32 = Path(mkdtemp()) / "fp32.onnx"
     save_graph(export_network(network, channels=1, window=window).model, fp32)
-    return quantize(fp32, window)
+    return quantize(fp32, window, rest=rest)
 
 
 class Graph(Builder):

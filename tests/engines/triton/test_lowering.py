@@ -7,12 +7,13 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx
 import pytest
 from executor import Executor
-from quantized import ZOO, Graph, freed, of_integers, of_the_zoo, small, wanted, written
+from quantized import ZOO, Graph, Rest, freed, of_integers, of_the_zoo, small, wanted, written
 
 from networks import NETWORKS, windows
 from ptq3d.engines.triton.lowering import lower
@@ -64,6 +65,39 @@ def test_networks_of_the_zoo_answer_as_the_reference_does(network: str, batch: i
     assert np.mean(answers(program, x).argmax(1) == truth.argmax(1)) > 0.98
     if network != "transunet":
         np.testing.assert_array_equal(answers(program, x), truth)
+
+
+RESTS: tuple[Literal["fp16", "bf16"], ...] = ("fp16", "bf16")
+IN_FLOAT = [("unet", "conv_0"), ("unet", "conv_7"), ("meshnet", "conv_2"), ("resized", "conv_0"), ("resized", "conv_4")]
+
+
+def described(program: Program) -> list[tuple[str, str, str]]:
+    return [(type(step).__name__, step.name.split("/")[0], step.out.dtype) for step in program.steps]
+
+
+@pytest.mark.parametrize("rest", RESTS)
+def test_casts_of_a_low_precision_rest_are_no_steps(rest: Literal["fp16", "bf16"]) -> None:
+    """Normalizations between Casts run in the kernels in which they would run without; so do GroupNorms that Casts stand in."""
+    for network in NETWORKS:
+        assert described(lower(small(network, rest=rest), 1)) == described(lower(small(network), 1))
+    for network in ("nnunet", "segresnet", "transunet"):
+        assert described(lower(of_the_zoo(network, rest=rest), 1)) == described(lower(of_the_zoo(network), 1))
+
+
+@pytest.mark.parametrize("rest", ["fp32", "fp16"])
+@pytest.mark.parametrize(("network", "layer"), IN_FLOAT)
+def test_a_layer_in_floating_point_reads_what_is_not_rounded(network: str, layer: str, rest: Rest) -> None:
+    """From FP16 to FP16, with nothing in between that PyTorch would have to run."""
+    path, x = small(network, keep=(layer,), rest=rest), windows(2, seed=8)
+    program, truth = lower(path, 1), wanted(path, x)
+    (step,) = [step for step in program.steps if isinstance(step, Float) and step.op == "Conv"]
+    assert step.inputs[0].dtype == step.out.dtype == "fp16"
+    assert [one.name for one in program.layers if one.precision == "fp16"] == [layer]
+    alone = {step.op for step in lower(small(network), 1).steps if isinstance(step, Float)}
+    assert {step.op for step in program.steps if isinstance(step, Float)} == {"Conv"} | alone
+    if rest == "fp32":  # else the reference rounds to FP16 in front of integers where the engine does not
+        assert share_within(1, answers(program, x, wide=True), truth) >= 0.999
+    assert share_within(AHEAD, answers(program, x), truth) >= 0.999
 
 
 @pytest.mark.parametrize("network", ["unet", "nnunet"])

@@ -14,6 +14,8 @@ from networks import windows
 from ptq3d.cli import main
 from ptq3d.engines import triton
 from ptq3d.engines.triton.lowering import lower
+from ptq3d.graphs.files import load_graph
+from ptq3d.manifest import embedded
 
 RULES = 'spacing = [2.0, 2.0, 2.0]\n[[intensity]]\nrule = "window"\nlow = 0.0\nhigh = 1.0\n'
 
@@ -28,7 +30,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def segmented(folder: Path, model: Path, *more: str) -> np.ndarray:
-    output = folder / f"labels-{model.suffix}-{len(more)}"
+    output = folder / "-".join(["labels", model.suffix, *more[1::2]])
     assert main(["deploy", "--model", str(model), "--data", str(folder / "images"), "--output", str(output),
                  "--preprocessing", str(folder / "rules.toml"), *more]) == 0  # fmt: skip
     (path,) = output.rglob("*.nii.gz")
@@ -66,4 +68,13 @@ def test_a_network_is_quantized_for_it_where_it_cannot_run(folder: Path, monkeyp
     assert main(["quantize", "--onnx-path", str(fp32), "--calibration-data", str(folder / "images"), "--windows", "2",
                  "--target", "triton", "--preprocessing", str(folder / "rules.toml"), "--output", str(output)]) == 0  # fmt: skip
     monkeypatch.undo()
-    assert all(layer.precision == "int8" for layer in lower(output, 1).layers)
+    manifest = embedded(load_graph(output), where=output)
+    assert manifest is not None
+    recipe, layers = manifest.quantization, lower(output, 1).layers
+    assert recipe["high_precision_dtype"] == "fp16"
+    assert recipe["float_layers"]  # mended: the network is small and one layer costs little
+    assert set(recipe["float_layers"].values()) == {"too sensitive for 8 bits"}
+    assert {layer.name for layer in layers if layer.precision == "fp16"} == set(recipe["float_layers"])
+    assert {layer.name for layer in layers if layer.precision == "int8"} == set(recipe["int8_layers"])
+    found, wanted = (segmented(folder, output, "--engine", engine) for engine in ("triton", "reference"))
+    assert (found == wanted).mean() > 0.995

@@ -1,4 +1,5 @@
-"""Graph to graph before lowering: constants computed, GroupNormalization put back together from what exporters make of it."""
+"""Graph to graph before lowering: constants computed, Casts between floating-point types left out, GroupNormalization put back together
+from what exporters make of it."""
 
 from __future__ import annotations
 
@@ -11,6 +12,8 @@ import torch
 
 from ptq3d.engines.operators import NUMBERS, OPERATORS
 from ptq3d.engines.triton.network import Array, Network, Node, Shape, Weight
+
+FLOATING = (1, 10, 11, 16)  # ONNX's numbers of float, float16, double and bfloat16
 
 
 def fold(network: Network) -> Network:
@@ -69,6 +72,21 @@ def _computed(node: Node, inputs: list[Array | None]) -> Array:
     ]
     answer: Array = OPERATORS[node.op](attributes, *values).contiguous().numpy()
     return answer
+
+
+def without_casts(network: Network) -> Network:
+    """The graph without Casts between floating-point types, which a file with an FP16 rest has around its normalizations: a kernel
+    computes in float32 whatever it reads, and what it stores is FP16 whatever the file says."""
+    source: dict[str, str] = {}
+    left: list[Node] = []
+    for node in network.nodes:
+        inputs = tuple(source.get(name, name) for name in node.inputs)
+        to, integers = node.attributes.get("to"), network.quantizing(inputs[0]) if node.op == "Cast" else None
+        if node.op == "Cast" and to in FLOATING and integers is None:
+            source[node.out] = inputs[0]
+        else:
+            left.append(node if inputs == node.inputs else replace(node, inputs=inputs))
+    return replace(network, nodes=tuple(left), output=source.get(network.output, network.output))
 
 
 def restore_groups(network: Network) -> Network:

@@ -11,7 +11,7 @@ from ptq3d.engines.operators import OPERATORS
 from ptq3d.engines.triton import elementwise, images, layers, moves, tails
 from ptq3d.engines.triton.assembly import Assembly
 from ptq3d.engines.triton.attention import attend, attentions
-from ptq3d.engines.triton.folding import fold, restore_groups
+from ptq3d.engines.triton.folding import fold, restore_groups, without_casts
 from ptq3d.engines.triton.joining import join
 from ptq3d.engines.triton.memory import planned
 from ptq3d.engines.triton.network import Network, Node, read_network
@@ -65,7 +65,7 @@ def lower(source: Path | onnx.ModelProto, batch: int) -> Program:
         EngineError: an operator that the engine does not know, or activations of another type, or with several steps.
         GraphError: the graph cannot be read.
     """
-    network = restore_groups(fold(read_network(source, batch)))
+    network = restore_groups(without_casts(fold(read_network(source, batch))))
     _require_known(network)
     assembly = Assembly(network, join(network))
     found = attentions(network)

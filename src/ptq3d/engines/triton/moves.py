@@ -10,14 +10,13 @@ import numpy as np
 from torch import Tensor
 
 from ptq3d.engines.triton.assembly import Assembly
+from ptq3d.engines.triton.folding import FLOATING
 from ptq3d.engines.triton.joining import parts, slice_of
 from ptq3d.engines.triton.network import Network, Node
 from ptq3d.engines.triton.steps import UNIT, Move, Scale, View
 from ptq3d.engines.triton.tails import scale_behind_moves
 from ptq3d.engines.triton.views import canonical_order, moved, order_of, permuted, reshaped
 from ptq3d.errors import EngineError
-
-FLOATING = (1, 10, 11, 16)  # ONNX's numbers of float, float16, double and bfloat16
 
 
 def alias(assembly: Assembly, node: Node) -> None:

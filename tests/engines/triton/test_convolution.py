@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ptq3d.engines.triton.convolution import Tile, fits, packed, prepare_convolve, product_of
+from ptq3d.engines.triton.convolution import Tile, fits, packed, prepare_convolve, product_of, simple_tile
 from ptq3d.engines.triton.place import SLOTS
 from ptq3d.engines.triton.steps import Activation, Convolve, Epilogue, Upsample, View
+from ptq3d.engines.triton.tiles import worth_trying
 
 RELU = Activation("relu")
 LEAKY = Activation("leaky_relu", 0.01)
@@ -217,6 +218,29 @@ def test_kernels_strides_and_dilations(
     ):
         memory = Memory(device)
         step = convolution(memory, (16, 16), (5, 6, 9), kernel=kernel, strides=strides, dilations=dilations, samples=1)
+        checked(step, memory, tile)
+
+
+@pytest.mark.parametrize(
+    ("channels", "kernel", "dilations"),
+    [
+        (30, (3, 3, 3), (1, 1, 16)),  # MeshNet's widest layer
+        (3, (3, 3, 3), (1, 1, 16)),
+        (16, (1, 1, 31), (1, 1, 1)),
+        (16, (1, 31, 1), (1, 1, 1)),
+        (2, (1, 2, 31), (1, 1, 1)),
+    ],
+)
+def test_offsets_that_fill_all_bits(
+    device: torch.device, channels: int, kernel: tuple[int, int, int], dilations: tuple[int, int, int]
+) -> None:
+    """Whether an offset lies in the image is a bit of an int32: every tiling that may be chosen has room for its offsets."""
+    memory = Memory(device)
+    step = convolution(memory, (channels, 16), (2, 2, 40), kernel=kernel, dilations=dilations, samples=1)
+    step = replace(step, x=replace(step.x, zero=-7))
+    product = product_of(step)
+    for tile in (*worth_trying(product), simple_tile(product)):
+        memory.sums(step.sums or 0).zero_()
         checked(step, memory, tile)
 
 

@@ -180,9 +180,16 @@ def packed_bytes(product: Product, tile: Tile) -> int:
     return columns_of(product, tile)[1] * offsets * run_of(product, tile)
 
 
+def has_bits(product: Product, tile: Tile) -> bool:
+    """Whether a bit of an int32 is there for each offset along an axis that a program asks for."""
+    return max(product.kernel[0], product.kernel[1] + tile.lines - 1, span_of(product, tile)) <= LARGEST_KERNEL
+
+
 def fits(product: Product, tile: Tile) -> bool:
     """Whether a tiling can compute a step, and wastes little of it."""
     channels = product.channels[0]
+    if not has_bits(product, tile) or (tile.mode != "tap" and product.dilations[2] > 1):
+        return False
     if tile.lines > 1 and not (product.dense and product.kernel[1] > 1 and tile.mode != "all"):
         return False
     if tile.group > 1 and (product.copies > 1 or tile.mode == "tap" or product.kernel[2] == 1):
@@ -355,5 +362,7 @@ def simple_tile(product: Product) -> Tile:
     """A tiling that always works."""
     outputs = product.channels[1] * product.copies
     columns = min(max(power_of_two(outputs), 16), 64)
-    mode = "all" if product.channels[0] < 16 and product.copies == 1 else "tap"
-    return Tile(mode, 1, 1, 64, columns, 32, 2, 4)
+    tile = Tile("all", 1, 1, 64, columns, 32, 2, 4)
+    if product.channels[0] < 16 and product.copies == 1 and has_bits(product, tile):
+        return tile
+    return replace(tile, mode="tap")

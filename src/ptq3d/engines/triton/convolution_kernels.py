@@ -16,6 +16,7 @@ from ptq3d.engines.triton.rows import as_float
 @triton.jit
 def inside(first, count: tl.constexpr, spacing: tl.constexpr, size: tl.constexpr, bits):
     """For each row a bit for each of `count` positions first, first + spacing, ...: whether it lies in 0..size - 1."""
+    tl.static_assert(count <= 31, "a bit for each offset")
     found = bits
     for place in tl.static_range(count):
         at = first + place * spacing

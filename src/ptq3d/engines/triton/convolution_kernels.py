@@ -27,9 +27,7 @@ def inside(first, count: tl.constexpr, spacing: tl.constexpr, size: tl.constexpr
 @triton.jit
 def far(voxels, pitch: tl.constexpr, WIDE: tl.constexpr):
     """How many values lie before a voxel: int32, which is faster, but where WIDE."""
-    if WIDE:
-        return tl.cast(voxels, tl.int64) * pitch
-    return voxels * pitch
+    return (tl.cast(voxels, tl.int64) if WIDE else voxels) * pitch
 
 
 @triton.jit

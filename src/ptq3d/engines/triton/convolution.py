@@ -273,7 +273,9 @@ def wide(step: Convolve | Upsample, product: Product) -> bool:
         (step.out, product.rows, product.copies),
         (step.epilogue.other, product.rows, product.copies),
     ]
-    return any(view is not None and math.prod(size) * _pitch(view, step) * by > LARGEST_INT32 for view, size, by in views)
+    return any(
+        view is not None and math.prod(size) * _pitch(view, step) * by > LARGEST_INT32 for view, size, by in views
+    )
 
 
 def first_sums(step: Convolve | Upsample) -> npt.NDArray[np.int32]:

@@ -1,5 +1,5 @@
 """Kernels compiled for a GPU that need not be there: `python triton_compiling.py 16 96` prints, for
-those numbers of channels, which instructions of each touch memory, as JSON.
+those numbers of channels, which instructions of each touch memory, as JSON; 0 stands for convolutions of more values than int32 counts.
 
 Triton's interpreter and its compiler exclude each other in one process; so tests run this file in a process of its own.
 """
@@ -17,12 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ptq3d.engines.triton.convolution import Tile, prepare_convolve
 from ptq3d.engines.triton.normalization import prepare_normalize, prepare_normalize_rows
 from ptq3d.engines.triton.place import Launch
 from ptq3d.engines.triton.pointwise import prepare_enter, prepare_pointwise
 from ptq3d.engines.triton.sampling import prepare_pool, prepare_resize
 from ptq3d.engines.triton.steps import (
     Activation,
+    Convolve,
     Enter,
     Epilogue,
     Normalize,
@@ -34,7 +36,7 @@ from ptq3d.engines.triton.steps import (
 )
 
 TYPES = {"int8": torch.int8, "fp16": torch.float16, "fp32": torch.float32}
-NAMES = {torch.int8: "*i8", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64"}
+NAMES = {torch.int8: "*i8", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
 MEMORY = re.compile(r"\b(?:ld|st|atom|red)\.(?:global|shared)[.\w]*")
 
 
@@ -121,7 +123,22 @@ def launches(channel_counts: Iterable[int]) -> dict[str, Launch]:
     return found
 
 
+def wide_convolutions() -> dict[str, Launch]:
+    """Convolutions whose tensors have more values than int32 counts, by their tiling."""
+    x, ones = image(16, 1024), np.ones(16, np.float32)
+    step = Convolve("", x, x, np.ones((16, 16, 3, 3, 3), np.int8), ones, pads=(1,) * 6, epilogue=Epilogue(other=x))
+    tiles = [
+        Tile("all", 1, 1, 64, 16, 64, 2, 4),
+        Tile("tap", 1, 1, 64, 16, 32, 2, 4),
+        Tile("line", 2, 1, 64, 32, 64, 2, 4),
+    ]
+    tiles += [Tile("tap", 1, 2, 64, 16, 32, 2, 4), Tile("line", 2, 2, 64, 32, 64, 2, 4)]
+    return {f"{tile.mode} {tile.lines}": prepare_convolve(step, Nowhere(), tile) for tile in tiles}
+
+
 if __name__ == "__main__":
-    kernels = {name: compiled(launch) for name, launch in launches(int(word) for word in sys.argv[1:]).items()}
+    channels = [int(word) for word in sys.argv[1:]]
+    found = wide_convolutions() if channels == [0] else launches(channels)
+    kernels = {name: compiled(launch) for name, launch in found.items()}
     counts = {name: collections.Counter(MEMORY.findall(kernel.asm["ptx"])) for name, kernel in kernels.items()}
     sys.stdout.write(json.dumps(counts))

@@ -294,6 +294,49 @@ def test_transposed_convolutions(device: torch.device, factor: tuple[int, int, i
     checked(replace(step, x=replace(step.x, zero=-101)), memory, Tile("tap", 1, 1, 64, 32, 32, 2, 4))
 
 
+def far_apart(memory: Memory, view: View, values: Tensor | None) -> View:
+    """A view's values, or none yet, 2^25 bytes from voxel to voxel: what lies between is never touched."""
+    pitch = 1 << 25
+    n, _, x, y, z = view.shape
+    strides = (x * y * z * pitch, 1, y * z * pitch, z * pitch, pitch)
+    memory.buffers[len(memory.buffers)] = torch.empty(n * x * y * z * pitch, dtype=torch.int8, device=memory.device)
+    seen = replace(view, buffer=len(memory.buffers) - 1, offset=0, strides=strides)
+    memory.view(seen).copy_(torch.full(view.shape, 77) if values is None else values)
+    return seen
+
+
+@pytest.mark.parametrize("samples", [1, 6])
+@pytest.mark.parametrize("which", ["x", "out", "other"])
+def test_more_values_than_int32_counts(device: torch.device, which: str, samples: int) -> None:
+    """In one sample, or in all samples of a convolution with kernel 1, which takes them as one line."""
+    memory = Memory(device)
+    size, kernel = ((3, 4, 6), (3, 3, 3)) if samples == 1 else ((2, 2, 3), (1, 1, 1))
+    step = convolution(memory, (16, 16), size, kernel=kernel, samples=samples)
+    step = replace(step, sums=None, epilogue=Epilogue(RELU, 0.04, image(memory, step.out.shape, 0.03), RELU))
+    if which == "x":
+        step = replace(step, x=far_apart(memory, step.x, memory.view(step.x)))
+    elif which == "out":
+        step = replace(step, out=far_apart(memory, step.out, None))
+    elif step.epilogue.other is not None:
+        other = far_apart(memory, step.epilogue.other, memory.view(step.epilogue.other))
+        step = replace(step, epilogue=replace(step.epilogue, other=other))
+    for tile in (TILES[0], TILES[1], TILES[4], TILES[6], Tile("all", 1, 1, 64, 16, 64, 2, 4)):
+        if samples == 1 or tile.lines == tile.group == 1:
+            checked(step, memory, tile)
+
+
+def test_a_transposed_convolution_of_more_values_than_int32_counts(device: torch.device) -> None:
+    memory = Memory(device)
+    step = Upsample(
+        "up",
+        far_apart(memory, image(memory, (1, 7, 4, 4, 6), 0.05), None),
+        image(memory, (1, 20, 2, 2, 3), 0.02),
+        weights(20, 7, 2, 2, 2),
+        np.full(7, 1e-3, np.float32),
+    )
+    checked(step, memory, Tile("tap", 1, 1, 64, 32, 32, 2, 4))
+
+
 def test_packed_weights_hold_every_weight(device: torch.device) -> None:
     memory = Memory(device)
     step = convolution(memory, (16, 16))

@@ -70,3 +70,18 @@ def test_a_convolution_without_an_int8_kernel_runs_in_fp16_and_says_so(device: t
     assert [layer.precision for layer in layers] == ["int8", "fp16", "int8"]
     expected = wanted(path, x)
     assert np.mean(np.abs(answers - expected) <= 4 * np.abs(expected).max() / 127) >= 0.999
+
+
+def test_a_transposed_convolution_of_single_voxels(device: torch.device, tmp_path: Path) -> None:
+    def build(graph: Graph) -> int:
+        first = graph.q(graph.add("Relu", graph.conv8(graph.q("image"), 1, 6)))
+        up = graph.add("ConvTranspose", first, graph.integers(6, 6, 1, 1, 1, axis=1))
+        graph.conv8(graph.q(up), 6, 3)
+        return 3
+
+    path, x = written(build), windows(2)
+    triton.build(path, tmp_path, BuildSettings(batch=2))
+    with triton.open(tmp_path, EngineOptions()) as engine:
+        answers, layers = engine(x), engine.layers()
+    assert {layer.precision for layer in layers} == {"int8"}
+    np.testing.assert_array_equal(answers, wanted(path, x))

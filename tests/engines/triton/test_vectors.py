@@ -13,17 +13,22 @@ import pytest
 NARROW = {"ld.global.b8", "ld.global.b16", "ld.global.v2.b16", "st.global.b8", "st.global.b16"}
 
 
-@pytest.fixture(scope="module")
-def instructions() -> dict[str, dict[str, int]]:
+def compiled(*channels: int) -> dict[str, dict[str, int]]:
     """Kernel -> how often each instruction that touches memory stands in its code."""
     script = Path(__file__).parents[2] / "triton_compiling.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    command = [sys.executable, str(script), "16", "96"]
+    command = [sys.executable, str(script), *map(str, channels)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found: dict[str, dict[str, int]] = json.loads(done.stdout)
     return found
+
+
+@pytest.fixture(scope="module")
+def instructions() -> dict[str, dict[str, int]]:
+    """Of the kernels that treat every value alike."""
+    return compiled(16, 96)
 
 
 def test_tensors_move_16_bytes_at_once(instructions: dict[str, dict[str, int]]) -> None:
@@ -40,3 +45,7 @@ def test_a_factor_is_made_once_for_a_channel_and_not_for_every_thread(instructio
     for channels in (16, 96):
         assert "ld.global.b64" not in instructions[f"normalize {channels}"]  # of sums, which `moments` alone reads
         assert "ld.global.b64" in instructions[f"moments {channels}"]
+
+
+def test_convolutions_of_more_values_than_int32_counts_compile() -> None:
+    assert set(compiled(0)) == {"all 1", "tap 1", "line 1", "tap 2", "line 2"}

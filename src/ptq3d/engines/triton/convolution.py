@@ -19,6 +19,7 @@ from ptq3d.engines.triton.steps import LARGEST_KERNEL, Convolve, Epilogue, Tripl
 from ptq3d.errors import EngineError
 
 Integers = npt.NDArray[np.int8]
+LARGEST_INT32 = (1 << 31) - 1
 PAD_BYTES = 1 << 18  # of zeros that stand beyond the border
 
 
@@ -265,6 +266,18 @@ def even(product: Product, tile: Tile) -> bool:
     return whole_rows and padded == product.channels[1] and columns == tile.group * product.copies * padded
 
 
+def wide(step: Convolve | Upsample, product: Product) -> bool:
+    """Whether int32 cannot count the values of a sample of some tensor of a step."""
+    views = [
+        (step.x, product.size, 1),
+        (step.out, product.rows, product.copies),
+        (step.epilogue.other, product.rows, product.copies),
+    ]
+    return any(
+        view is not None and math.prod(size) * _pitch(view, step) * by > LARGEST_INT32 for view, size, by in views
+    )
+
+
 def first_sums(step: Convolve | Upsample) -> npt.NDArray[np.int32]:
     """Minus the input's zero times the sum of the weights of each output channel, int32; of each kernel offset in a ConvTranspose."""
     if isinstance(step, Upsample):
@@ -346,6 +359,7 @@ def launch_of(step: Convolve | Upsample, place: Place, tile: Tile, weights: Any,
         SLOTS,
         step.x.zero != 0,
         PAD_BYTES // (tile.rows * tile.run),
+        wide(step, product),
     )
     values = (
         *tensors,

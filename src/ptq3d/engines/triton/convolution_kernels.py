@@ -25,12 +25,18 @@ def inside(first, count: tl.constexpr, spacing: tl.constexpr, size: tl.constexpr
 
 
 @triton.jit
+def far(voxels, pitch: tl.constexpr, WIDE: tl.constexpr):
+    """How many values lie before a voxel: int32, which is faster, but where WIDE."""
+    return (tl.cast(voxels, tl.int64) if WIDE else voxels) * pitch
+
+
+@triton.jit
 def store(
     total, y, other, multiplier, bias, rows, keep, place, channel, scalars,
     y_pitch: tl.constexpr, other_pitch: tl.constexpr, channels: tl.constexpr,
     biased: tl.constexpr, kind: tl.constexpr, rounds: tl.constexpr, adds: tl.constexpr, last: tl.constexpr,
     integers: tl.constexpr, once: tl.constexpr, even: tl.constexpr,
-    rounded_zero, other_zero, out_zero,
+    rounded_zero, other_zero, out_zero, WIDE: tl.constexpr,
 ):  # fmt: skip
     """int32 sums through the epilogue into the output.
 
@@ -48,7 +54,7 @@ def store(
     if biased:
         v = v + tl.load(bias + channel, mask=real, other=0.0)[None, :]
     if adds:
-        at = (rows * other_pitch)[:, None] + (place * other_pitch + channel)[None, :]
+        at = far(rows, other_pitch, WIDE)[:, None] + (place * other_pitch + channel)[None, :]
         more = as_float(tl.load(other + at) if even else tl.load(other + at, mask=keep, other=0))
     else:
         more = v
@@ -56,7 +62,7 @@ def store(
         v, more, scalars[0], scalars[1], scalars[2], kind, scalars[3], scalars[4],
         rounds, adds, last, scalars[5], scalars[6], integers, once, rounded_zero, other_zero, out_zero,
     )  # fmt: skip
-    at = (rows * y_pitch)[:, None] + (place * y_pitch + channel)[None, :]
+    at = far(rows, y_pitch, WIDE)[:, None] + (place * y_pitch + channel)[None, :]
     if even:
         tl.store(y + at, q.to(y.dtype.element_ty))
         return q
@@ -121,7 +127,7 @@ def convolve(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
     biased: tl.constexpr, kind: tl.constexpr, rounds: tl.constexpr, adds: tl.constexpr, last: tl.constexpr,
     integers: tl.constexpr, summed: tl.constexpr, once: tl.constexpr, even: tl.constexpr, SLOTS: tl.constexpr,
-    SHIFTED: tl.constexpr, PAGES: tl.constexpr,
+    SHIFTED: tl.constexpr, PAGES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Any convolution without groups; `MODE` says what a run of `RUN` bytes of the sum is.
 
@@ -142,7 +148,7 @@ def convolve(
     ix = d * SD - PD
     iy = h * SH - PH
     iz = g * (P * SW) - PW
-    base = ((ix * H + iy) * W + iz) * x_pitch
+    base = far((ix * H + iy) * W + iz, x_pitch, WIDE)
     none = tl.zeros((BM,), tl.int32)
     in_x = tl.where(ok, inside(ix, KD, DD, D, none), 0)
     in_y = inside(iy, KH, DH, H, none)
@@ -170,7 +176,7 @@ def convolve(
             there = (
                 (in_x[:, None] >> tx[None, :]) & (in_y[:, None] >> ty[None, :]) & (in_z[:, None] >> tz[None, :])
             ) & 1
-            at = ((tx * DD * H + ty * DH) * W + tz) * x_pitch + k % C
+            at = far((tx * DD * H + ty * DH) * W + tz, x_pitch, WIDE) + k % C
             there = (there != 0) & (tx < KD)[None, :]
             a = gather(x, base[:, None] + at[None, :], pads, there, ok[:, None], there, WHOLE, FULL, SHIFTED)
         elif MODE == "line":
@@ -179,7 +185,7 @@ def convolve(
             ty = tap % KH
             tz = k // C
             there = (((in_x >> tx) & (in_y >> ty) & 1)[:, None] & (in_z[:, None] >> tz[None, :])) != 0
-            at = base + (tx * DD * H + ty * DH) * W * x_pitch
+            at = base + far((tx * DD * H + ty * DH) * W, x_pitch, WIDE)
             at = at[:, None] + (tz * x_pitch + k % C)[None, :]
             a = gather(x, at, pads, there, ok[:, None], there, WHOLE, FULL, SHIFTED)
         else:
@@ -188,7 +194,7 @@ def convolve(
             ty = (tap // KO) % KH
             tz = tap % KO
             there = ((in_x >> tx) & (in_y >> ty) & (in_z >> tz) & 1) != 0
-            at = base + ((tx * DD * H + ty * DH) * W + tz * DW) * x_pitch
+            at = base + far((tx * DD * H + ty * DH) * W + tz * DW, x_pitch, WIDE)
             at = at[:, None] + k[None, :]
             a = gather(x, at, pads, there[:, None], ok[:, None], (k < C)[None, :], WHOLE, FULL, SHIFTED)
         b = tl.load(weights + i * columns * BK)
@@ -203,7 +209,7 @@ def convolve(
         (d * UX * (OH * UY) + h * UY) * (OW * UZ) + g * (P * UZ), keep, place, channel,
         (rounded_step, other_step, out_step, low, high, last_low, last_high),
         y_pitch, other_pitch, K, biased, kind, rounds, adds, last, integers, once, even,
-            rounded_zero, other_zero, out_zero,
+            rounded_zero, other_zero, out_zero, WIDE,
     )  # fmt: skip
     if summed:
         add_sums(sums, tl.sum(q, axis=0), tl.sum(q * q, axis=0), channel, live, n, K, SLOTS)
@@ -222,7 +228,7 @@ def convolve_lines(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
     biased: tl.constexpr, kind: tl.constexpr, rounds: tl.constexpr, adds: tl.constexpr, last: tl.constexpr,
     integers: tl.constexpr, summed: tl.constexpr, once: tl.constexpr, even: tl.constexpr, SLOTS: tl.constexpr,
-    SHIFTED: tl.constexpr, PAGES: tl.constexpr,
+    SHIFTED: tl.constexpr, PAGES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """A convolution of stride and dilation 1 for LINES output lines along y at a time: each line of the input is read once for all
     of them, which is what the others pay for with bandwidth."""
@@ -239,7 +245,7 @@ def convolve_lines(
     h = ((r // G) % HB) * LINES
     d = r // (G * HB)
     ok = r < OD * HB * G
-    base = (((d - PD) * H + h - PH) * W + g * P - PW) * x_pitch
+    base = far(((d - PD) * H + h - PH) * W + g * P - PW, x_pitch, WIDE)
     none = tl.zeros((BM,), tl.int32)
     in_x = tl.where(ok, inside(d - PD, KD, 1, D, none), 0)
     in_y = inside(h - PH, LINES + KH - 1, 1, H, none)
@@ -265,7 +271,7 @@ def convolve_lines(
         for ty in tl.static_range(KH):
             taps = taps + (tl.load(weights + (i * KH + ty) * columns * BK).T,)
         for line in tl.static_range(LINES + KH - 1):
-            at = base + ((tx * H + line) * W + tz) * x_pitch
+            at = base + far((tx * H + line) * W + tz, x_pitch, WIDE)
             there = (in_x >> tx) & (in_y >> line)
             if MODE == "line":
                 there = (there[:, None] & (in_z[:, None] >> (k // C)[None, :]) & 1) != 0
@@ -291,7 +297,7 @@ def convolve_lines(
             totals[t], y, other + n * other_sample, multiplier, bias, (d * OH + h + t) * OW + g * P, keep, place, channel,
             (rounded_step, other_step, out_step, low, high, last_low, last_high),
             y_pitch, other_pitch, K, biased, kind, rounds, adds, last, integers, once, even,
-            rounded_zero, other_zero, out_zero,
+            rounded_zero, other_zero, out_zero, WIDE,
         )  # fmt: skip
         if summed:
             first += q

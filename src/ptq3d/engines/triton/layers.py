@@ -50,7 +50,12 @@ def upsample(assembly: Assembly, node: Node) -> None:
     x = assembly.formed(assembly.view(node.inputs[0]), as_image)
     tail, bias = _tail(assembly, node, channel=1)
     epilogue = assembly.epilogue(tail, as_image)
-    assembly.emit(Upsample(node.name, assembly.store(tail), x, weight, multiplier, bias, epilogue))
+    out = assembly.store(tail)
+    if weight.shape[2:] == (1, 1, 1):  # nothing grows: a convolution whose weights are turned
+        turned = np.ascontiguousarray(weight.swapaxes(0, 1))
+        assembly.emit(Convolve(node.name, out, x, turned, multiplier, bias, epilogue=epilogue))
+    else:
+        assembly.emit(Upsample(node.name, out, x, weight, multiplier, bias, epilogue))
     assembly.layer(node)
 
 

@@ -208,7 +208,7 @@ class Upsample(Step):
 
     Args:
         x: int8.
-        weight: (C, K, kx, ky, kz) int8.
+        weight: (C, K, kx, ky, kz) int8; of more than one voxel, else it is a Convolve.
         multiplier: (K,) float32.
         bias: (K,) float32 or None.
         sums: as in `Convolve`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import subprocess
@@ -66,8 +67,9 @@ def choose(steps: Sequence[Weighted], place: Place, device: torch.device, *, pro
     if device.type != "cuda":
         return [replace(simple_tile(product_of_step(step)), rows=INTERPRETED_ROWS) for step in steps]
     known = _read(device)
-    fresh = {problem(step): step for step in steps if problem(step) not in known}
-    tried = {name: worth_trying(product_of_step(step)) for name, step in fresh.items()}
+    named = {problem(step): step for step in steps}
+    tried = {name: worth_trying(product_of_step(step)) for name, step in named.items()}
+    fresh = {name: step for name, step in named.items() if not _counts(known.get(name), step, tried[name])}
     compile_ahead([(step, tile) for name, step in fresh.items() for tile in tried[name]])
     for number, (name, step) in enumerate(fresh.items()):
         known[name] = fastest(step, tried[name], place)
@@ -77,13 +79,18 @@ def choose(steps: Sequence[Weighted], place: Place, device: torch.device, *, pro
     return [known[problem(step)] for step in steps]
 
 
+def _counts(tile: Tile | None, step: Weighted, tried: Sequence[Tile]) -> bool:
+    """Whether a tiling is one that measuring a step today may give."""
+    return tile in (*tried, simple_tile(product_of_step(step)))
+
+
 def product_of_step(step: Weighted) -> Product:
     """The matrix product that the kernel of a step computes."""
     return product_of(flattened(step) if isinstance(step, Convolve) else step)
 
 
 def fastest(step: Weighted, tiles: Sequence[Tile], place: Place) -> Tile:
-    """The tiling that takes least time."""
+    """The tiling that takes least time; the one that always works where the device can run none of them."""
     product = product_of_step(step)
     device = place.view(step.out).device
     start = place.constant(first_sums(step))
@@ -91,7 +98,8 @@ def fastest(step: Weighted, tiles: Sequence[Tile], place: Place) -> Tile:
     for tile in tiles:
         weights = torch.randint(-127, 128, (packed_bytes(product, tile),), dtype=torch.int8, device=device)
         times[tile] = measured(launch_of(step, place, tile, weights, start))
-    return min(times, key=lambda tile: times[tile])
+    best = min(times, key=lambda tile: times[tile])
+    return best if times[best] < math.inf else simple_tile(product)
 
 
 def measured(launch: Launch) -> float:
@@ -101,7 +109,7 @@ def measured(launch: Launch) -> float:
     try:
         launch()
     except OutOfResources:
-        return float("inf")
+        return math.inf
     return time_of(launch)
 
 
@@ -164,13 +172,13 @@ def _read(device: torch.device) -> dict[str, Tile]:
         return {}
     try:
         return {name: Tile(*values) for name, values in json.loads(path.read_text(encoding="utf-8")).items()}
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise EngineError(f"{path} cannot be read as measured tilings ({line_of(error)}). Delete it.") from error
 
 
 def _write(device: torch.device, known: Mapping[str, Tile]) -> None:
-    """Keep what was measured; a killed run leaves no half file."""
-    path = _file(device)
+    """Keep what was measured, beside what another process did meanwhile; a killed run leaves no half file."""
+    path, known = _file(device), {**_read(device), **known}
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({name: astuple(tile) for name, tile in known.items()}, indent=0)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as scratch:

@@ -100,7 +100,7 @@ def with_steps(model: onnx.ModelProto, axes: dict[str, int], given: onnx.ModelPr
 
 
 def quantized(model: ir.Model, window: tuple[int, ...]) -> Quantized:
-    """For the target triton, calibrated on one image; no weight is changed, so that all stay what a seed gives, and no layer leaves INT8."""
+    """For the target triton, calibrated on one image; no weight is changed, so that all are what a seed gives, no layer leaves INT8."""
     placement = planning.place(model, get_target("triton"))
     seen = calibration.observe(model, placement, iter([volume(window).numpy()]), 1)
     return quantize_graph(model, seen, Recipe("triton", equalize=False, rounding="nearest", second_terms=0.0))

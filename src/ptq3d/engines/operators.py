@@ -6,6 +6,7 @@ first output. Source of each: the operator of that name in the ONNX specificatio
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -138,7 +139,7 @@ def resize(
     if sizes is not None and len(sizes):
         size = [int(n) for n in _list(sizes)[2:]]
     elif scales is not None:
-        size = [int(n * float(s)) for n, s in zip(x.shape[2:], _list(scales)[2:], strict=True)]
+        size = [scaled(n, factor) for n, factor in zip(x.shape[2:], _list(scales)[2:], strict=True)]
     else:
         raise GraphError("Resize has neither scales nor sizes.")
     mode = attributes.get("mode", "nearest")
@@ -151,6 +152,12 @@ def resize(
         raise GraphError(f"Resize mode '{mode}' with '{corners}' has no torch form. Use linear or nearest.")
     kind = {3: "linear", 4: "bilinear", 5: "trilinear"}[x.ndim]
     return F.interpolate(x, size, mode=kind, align_corners=corners == "align_corners")
+
+
+def scaled(size: int, factor: float) -> int:
+    """A size times a factor of a Resize, rounded down from float32 as ONNX Runtime does: 5 x 1.8 is 9, which in float64 is 8.99..."""
+    fraction, exponent = math.frexp(size * factor)
+    return int(math.ldexp(round(math.ldexp(fraction, 24)), exponent - 24))
 
 
 def pad(

@@ -133,6 +133,20 @@ def written(build: Callable[[Graph], int], *, unsigned: bool = False) -> Path:
     return graph.finished(build(graph))
 
 
+def odd(g: Graph) -> int:
+    """Channels that fill no row, in whatever reads and writes rows: of INT8 layers only."""
+    x = g.q(g.add("Relu", g.conv8(g.q("image", 1 / 127), 1, 5)))
+    first = g.q(g.add("Relu", g.conv8(x, 5, 14)), 1 / 20)
+    wide = g.add("Conv", first, g.integers(14, 14, 3, 3, 3), dilations=[1, 2, 2], pads=[1, 2, 2, 1, 2, 2])
+    skip = g.q(g.add("Relu", g.add("Add", wide, first)))
+    deep = g.add("MaxPool", skip, kernel_shape=[2, 2, 2], strides=[2, 2, 2])
+    deep = g.q(g.add("Relu", g.conv8(deep, 14, 19)))
+    up = g.q(g.add("ConvTranspose", deep, g.integers(19, 9, 2, 2, 2, axis=1), strides=[2, 2, 2]))
+    joined = g.q(g.add("Relu", g.conv8(g.add("Concat", up, skip, axis=1), 23, 30)), 1 / 40)
+    g.conv8(g.slice(joined, 3, 20, 1), 17, 3)
+    return 3
+
+
 def of_integers(path: Path) -> Path:
     """The file without its last DequantizeLinear, as a network without its late head is."""
     model = onnx.load(path)

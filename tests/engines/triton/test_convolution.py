@@ -15,6 +15,7 @@ from ptq3d.engines.triton.convolution import Tile, fits, packed, prepare_convolv
 from ptq3d.engines.triton.place import SLOTS
 from ptq3d.engines.triton.steps import Activation, Convolve, Epilogue, Upsample, View
 from ptq3d.engines.triton.tiles import worth_trying
+from ptq3d.engines.triton.views import lanes
 
 RELU = Activation("relu")
 LEAKY = Activation("leaky_relu", 0.01)
@@ -52,15 +53,16 @@ def image(
     at: int = 0,
     fill: int | None = None,
     zero: int = 0,
+    spare: int = 0,
 ) -> View:
-    """An int8 image in channels `at`.. of one with `pitch` channels."""
+    """An int8 image in channels `at`.. of one with `pitch` channels, of which it owns `spare` more."""
     n, c, x, y, z = shape
     pitch = pitch or c
     values = torch.randint(-128, 128, (n, x, y, z, pitch), dtype=torch.int8)
     if fill is not None:
         values.fill_(fill)
     strides = (x * y * z * pitch, 1, y * z * pitch, z * pitch, pitch)
-    return View(memory.add(values), at, shape, strides, "int8", step, zero)
+    return View(memory.add(values), at, shape, strides, "int8", step, zero, spare)
 
 
 def quantized(v: Tensor, step: float, zero: int = 0) -> Tensor:
@@ -244,6 +246,61 @@ def test_offsets_that_fill_all_bits(
         checked(step, memory, tile)
 
 
+@pytest.mark.parametrize("dilations", [(1, 2, 1), (2, 1, 3), (3, 4, 2), (1, 5, 16)])
+def test_dilated_convolutions_of_several_lines(device: torch.device, dilations: tuple[int, int, int]) -> None:
+    """Sizes that are no multiple of anything, and one line of the last dilation less than there are dilations."""
+    for tile in TILES[4:]:
+        for size in ((3, 4, 21), (2, 11, 16)):
+            memory = Memory(device)
+            step = convolution(memory, (16, 16), size, dilations=dilations, samples=2)
+            assert fits(product_of(step), tile)
+            checked(replace(step, x=replace(step.x, zero=-7)), memory, tile)
+
+
+@pytest.mark.parametrize("channels", [(30, 30), (3, 5), (14, 70), (19, 9)])
+@pytest.mark.parametrize("added", [True, False])
+def test_spare_channels_mean_nothing(device: torch.device, channels: tuple[int, int], added: bool) -> None:
+    """They are read and written, whatever stands there, and count nowhere; the output's are written only where they are its own."""
+    memory = Memory(device)
+    step = convolution(memory, channels, (4, 6, 8))
+    rows = [lanes(count) for count in channels]
+    x = image(memory, step.x.shape, 0.02, pitch=rows[0], zero=-90)
+    other = image(memory, step.out.shape, 0.03, pitch=rows[1], spare=rows[1] - channels[1]) if added else None
+    step = replace(step, x=x, epilogue=Epilogue(LEAKY, 0.04, other, RELU))
+    for spare in (rows[1] - channels[1], 0):
+        out = image(memory, step.out.shape, 0.05, pitch=rows[1], zero=5, spare=spare)
+        one = replace(step, out=out)
+        product = product_of(one)
+        assert product.channels == (rows[0], channels[1] + spare)
+        for tile in (*worth_trying(product), Tile("all", 1, 1, 64, 16, 64, 2, 4)):
+            memory.buffers[out.buffer].fill_(77)
+            memory.sums(one.sums or 0).zero_()
+            checked(one, memory, tile)
+            untouched = memory.buffers[out.buffer].cpu()[..., channels[1] :]
+            assert bool((untouched == 77).all()) == (spare == 0)
+
+
+def test_channels_of_a_slice_are_read_in_whole_lanes_where_rows_allow_it(device: torch.device) -> None:
+    memory = Memory(device)
+    step = convolution(memory, (14, 16))
+    for pitch, at, wanted in ((48, 0, 16), (48, 16, 16), (48, 32, 16), (48, 4, 14), (40, 16, 14), (16, 2, 14)):
+        one = replace(step, x=image(memory, step.x.shape, 0.02, pitch=pitch, at=at))
+        assert product_of(one).channels == (wanted, 16)
+        memory.sums(step.sums or 0).zero_()
+        checked(one, memory, TILES[0])
+
+
+@pytest.mark.parametrize("added", [True, False])
+def test_a_residual_without_spare_channels_is_not_read_beyond_its_own(device: torch.device, added: bool) -> None:
+    memory = Memory(device)
+    step = convolution(memory, (16, 30))
+    out = image(memory, step.out.shape, 0.05, pitch=32, spare=2)
+    other = image(memory, step.out.shape, 0.03) if added else None
+    step = replace(step, out=out, epilogue=Epilogue(RELU, other=other))
+    assert product_of(step).channels == (16, 30 if added else 32)
+    checked(step, memory, TILES[0])
+
+
 @pytest.mark.parametrize("activation", [Activation(), RELU, LEAKY])
 @pytest.mark.parametrize("dtype", ["int8", "fp32"])
 def test_the_epilogue(device: torch.device, activation: Activation, dtype: str) -> None:
@@ -292,6 +349,12 @@ def test_transposed_convolutions(device: torch.device, factor: tuple[int, int, i
     checked(step, memory, Tile("tap", 1, 1, 64, 32, 32, 2, 4))
     memory.sums(step.sums or 0).zero_()
     checked(replace(step, x=replace(step.x, zero=-101)), memory, Tile("tap", 1, 1, 64, 32, 32, 2, 4))
+    spare = lanes(k) - k
+    step = replace(step, out=image(memory, (2, k, *out), 0.05, pitch=k + spare, spare=spare))
+    step = replace(step, x=image(memory, (2, c, *size), 0.02, pitch=lanes(c), zero=-101))
+    assert product_of(step).channels == (lanes(c), lanes(k))
+    memory.sums(step.sums or 0).zero_()
+    checked(step, memory, Tile("tap", 1, 1, 64, 32, 32, 2, 4))
 
 
 def far_apart(memory: Memory, view: View, values: Tensor | None) -> View:

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 from executor import Executor
-from quantized import ZOO, Graph, Rest, freed, of_integers, of_the_zoo, small, wanted, written
+from quantized import ZOO, Graph, Rest, freed, odd, of_integers, of_the_zoo, small, wanted, written
 
 from networks import NETWORKS, windows
 from ptq3d.engines.triton.lowering import lower
@@ -187,11 +187,40 @@ def mixed(g: Graph) -> int:
     return 4
 
 
+def odd_norms(g: Graph) -> int:
+    """Channels that fill no row, normalized each for itself and in groups of two."""
+    x = g.q(g.conv8(g.q("image", 1 / 127), 1, 10))
+    for number in (10, 5):
+        flat = g.reshape(x, 1, number, -1)
+        ones, zeros = g.constant(np.ones(number)), g.constant(np.zeros(number))
+        flat = g.add("InstanceNormalization", flat, ones, zeros, epsilon=1e-4)
+        normed = g.add("Mul", g.reshape(flat, 1, 10, 8, 12, 10), g.weight(10, 1, 1, 1))
+        normed = g.add("Add", normed, g.weight(10, 1, 1, 1))
+        x = g.q(g.add("LeakyRelu", g.add("Add", normed, x), alpha=0.1), 1 / 20)
+    return 10
+
+
+def odd_rows(g: Graph) -> int:
+    """Channels that fill no row in steps that treat every value alike, and as tokens."""
+    x = g.q(g.conv8(g.q("image", 1 / 127), 1, 10))
+    gate = g.q(g.add("Sigmoid", g.add("Mul", x, g.constant(0.5))), 1 / 127)
+    pooled = g.q(g.add("AveragePool", gate, kernel_shape=[2, 2, 2], strides=[2, 2, 2]), 1 / 111)
+    scales = g.constant([1, 1, 2, 2, 2])
+    big = g.q(g.add("Resize", pooled, "", scales, mode="linear", coordinate_transformation_mode="half_pixel"), 1 / 103)
+    flat = g.reshape(g.add("Transpose", g.reshape(big, 1, 10, -1), perm=[0, 2, 1]), 1, 960, 10)
+    back = g.reshape(g.add("Transpose", g.q(g.linear8(flat, 10, 10)), perm=[0, 2, 1]), 1, 10, 8, 12, 10)
+    g.conv8(g.q(g.add("Add", back, x)), 10, 3, 1)
+    return 3
+
+
 GRAPHS: dict[str, Callable[[Graph], int]] = {
     "groups": groups,
     "attention": attention,
     "windowed": windowed,
     "mixed": mixed,
+    "odd": odd,
+    "odd norms": odd_norms,
+    "odd rows": odd_rows,
 }
 
 
@@ -201,8 +230,23 @@ def test_graphs_answer_as_the_reference_does(name: str, unsigned: bool) -> None:
     path, x = written(GRAPHS[name], unsigned=unsigned), windows(2, seed=8)
     program, truth = lower(path, 1), wanted(path, x)
     assert np.abs(truth).max() > 0.1
-    assert share_within(1, answers(program, x, wide=True), truth) == 1
+    least = 0.999 if name == "odd rows" else 1  # there two layers make more of a step that a resampled value is off
+    assert share_within(1, answers(program, x, wide=True), truth) >= least
     assert share_within(AHEAD, answers(program, x), truth) >= 0.999
+
+
+def test_rows_of_int8_images_start_where_wide_loads_do() -> None:
+    """What fills a row up is a convolution's own, but in slices of a concat; floats and the answer have no such."""
+    program = lower(written(odd), 1)
+    made = {step.out.channels: step.out for step in program.steps if isinstance(step, Convolve | Upsample)}
+    assert {channels: (view.pitch, view.spare) for channels, view in made.items()} == {
+        5: (8, 3),
+        19: (32, 13),
+        30: (32, 2),
+        9: (32, 0),
+        14: (32, 0),  # joined to 23
+        3: (3, 0),
+    }
 
 
 def test_group_norms_and_residual_sums_are_no_steps_of_their_own() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from quantized import ZOO, Graph, of_integers, of_the_zoo, wanted, written
+from quantized import ZOO, Graph, odd, of_integers, of_the_zoo, wanted, written
 
 from networks import windows
 from ptq3d.engines import triton
@@ -85,3 +85,12 @@ def test_a_transposed_convolution_of_single_voxels(device: torch.device, tmp_pat
         answers, layers = engine(x), engine.layers()
     assert {layer.precision for layer in layers} == {"int8"}
     np.testing.assert_array_equal(answers, wanted(path, x))
+
+
+def test_channels_that_fill_no_row(device: torch.device, tmp_path: Path) -> None:
+    path, x = written(odd, unsigned=True), windows(2)
+    triton.build(path, tmp_path, BuildSettings(batch=2))
+    with triton.open(tmp_path, EngineOptions()) as engine:
+        answers, layers = engine(x), engine.layers()
+    assert {layer.precision for layer in layers} == {"int8"}
+    np.testing.assert_allclose(answers, wanted(path, x), rtol=0, atol=1e-6)

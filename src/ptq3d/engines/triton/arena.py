@@ -12,6 +12,7 @@ from torch import Tensor
 from ptq3d.engines.triton.place import SLOTS
 from ptq3d.engines.triton.program import Program
 from ptq3d.engines.triton.steps import View
+from ptq3d.engines.triton.views import LANES
 from ptq3d.errors import EngineError
 
 TYPES = {"int8": torch.int8, "fp16": torch.float16, "fp32": torch.float32}
@@ -36,7 +37,9 @@ class Arena:
         counts = [buffer.size * SLOTS if buffer.dtype == "int64" else 0 for buffer in program.buffers]
         self._starts = [0, *np.cumsum(counts).tolist()]
         require_memory(device, program.arena_bytes + 8 * self._starts[-1])
-        self._bytes = torch.empty(max(program.arena_bytes, 1), dtype=torch.int8, device=device)
+        self._bytes = torch.empty(
+            program.arena_bytes + LANES, dtype=torch.int8, device=device
+        )  # the last row's are read whole
         self._bytes.random_(-128, 128)  # tilings are timed on it: zeros take less power, and less time
         self._sums = torch.zeros(max(self._starts[-1], 1), dtype=torch.int64, device=device)
 

@@ -24,7 +24,7 @@ from ptq3d.engines.triton.steps import (
     View,
 )
 from ptq3d.engines.triton.tails import Tail
-from ptq3d.engines.triton.views import as_matrix, canonical_order, dense_strides, order_of
+from ptq3d.engines.triton.views import as_matrix, canonical_order, order_of, row_of, row_strides
 from ptq3d.errors import EngineError
 
 Form = Callable[[View], View | None]
@@ -71,13 +71,14 @@ class Assembly:
         return len(self.buffers) - 1
 
     def fresh(self, shape: Shape, dtype: Dtype, scale: Scale = UNIT, order: Sequence[int] | None = None) -> View:
-        """A new buffer for a tensor, without gaps; `order` of its axes is the canonical one unless given."""
+        """A new buffer for a tensor, with rows of `row_of`; `order` of its axes is the canonical one unless given."""
         order = canonical_order(len(shape)) if order is None else order
-        buffer = self.buffer(math.prod(shape), dtype)
-        return View(buffer, 0, shape, dense_strides(shape, order), dtype, *scale)
+        row, channels = row_of(shape, dtype, order), shape[order[-1]]
+        buffer = self.buffer(math.prod(shape) // channels * row, dtype)
+        return View(buffer, 0, shape, row_strides(shape, order, row), dtype, *scale, row - channels)
 
     def copied(self, view: View, order: Sequence[int] | None = None, name: str = "copy") -> View:
-        """A view's values in a new buffer without gaps."""
+        """A view's values in a new buffer."""
         out = self.fresh(view.shape, view.dtype, view.scale, order)
         self.emit(Move(name, out, view))
         return out

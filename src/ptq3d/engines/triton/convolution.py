@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +16,11 @@ from ptq3d.engines.triton.convolution_kernels import convolve, convolve_lines
 from ptq3d.engines.triton.place import SLOTS, Launch, Place
 from ptq3d.engines.triton.rows import power_of_two
 from ptq3d.engines.triton.steps import LARGEST_KERNEL, Convolve, Epilogue, Triple, Upsample, View
+from ptq3d.engines.triton.views import LANES, lanes
 from ptq3d.errors import EngineError
 
 Integers = npt.NDArray[np.int8]
+Number = TypeVar("Number", bound=np.generic)
 LARGEST_INT32 = (1 << 31) - 1
 PAD_BYTES = 1 << 18  # of zeros that stand beyond the border
 
@@ -54,7 +56,7 @@ class Product:
     Args:
         size: of the input, in voxels.
         rows: of the product, in voxels; the output's size for a convolution.
-        channels: C of the input, K of the output.
+        channels: C of the input, K of the output, and spare ones whose weights are 0 where their rows have such.
         kernel, strides, dilations, pads: of a convolution; 1 for a ConvTranspose.
         factor: of a ConvTranspose; 1 for a convolution.
     """
@@ -75,8 +77,8 @@ class Product:
 
     @property
     def dense(self) -> bool:
-        """Whether strides and dilations are 1, and nothing is upsampled."""
-        return self.strides == self.dilations == self.factor == (1, 1, 1)
+        """Whether strides are 1, and nothing is upsampled."""
+        return self.strides == self.factor == (1, 1, 1)
 
 
 def product_of(step: Convolve | Upsample) -> Product:
@@ -88,16 +90,28 @@ def product_of(step: Convolve | Upsample) -> Product:
     one = (1, 1, 1)
     size = _triple(step.x.shape[2:])
     if isinstance(step, Upsample):
-        channels, outputs = step.weight.shape[:2]
-        return Product(size, size, (channels, outputs), one, one, one, (0, 0, 0), _triple(step.weight.shape[2:]))
+        return Product(size, size, _channels(step), one, one, one, (0, 0, 0), _triple(step.weight.shape[2:]))
     if step.groups != 1:
         raise EngineError(f"'{step.name}' is a convolution of {step.groups} groups, which has no INT8 kernel.")
-    outputs, channels = step.weight.shape[:2]
     kernel = _triple(step.weight.shape[2:])
     if max(kernel) > LARGEST_KERNEL:
         raise EngineError(f"'{step.name}' has a kernel of {kernel}; the INT8 kernels take {LARGEST_KERNEL} at most.")
     rows = _triple(step.out.shape[2:])
-    return Product(size, rows, (channels, outputs), kernel, step.strides, step.dilations, _triple(step.pads[:3]), one)
+    return Product(size, rows, _channels(step), kernel, step.strides, step.dilations, _triple(step.pads[:3]), one)
+
+
+def _channels(step: Convolve | Upsample) -> tuple[int, int]:
+    """How many channels of each row a step reads and writes."""
+    out, other = step.out, step.epilogue.other
+    spare = out.spare if other is None or other.spare >= out.spare else 0
+    return _read(step.x, step), out.channels + spare
+
+
+def _read(view: View, step: Convolve | Upsample) -> int:
+    """Channels in whole lanes where a row has them, whoever they belong to; else its own."""
+    pitch, wanted = _pitch(view, step), lanes(view.channels)
+    unit, first = min(wanted, LANES), view.offset % pitch
+    return wanted if first % unit == pitch % unit == 0 and first + wanted <= pitch else view.channels
 
 
 def _triple(values: Sequence[int]) -> Triple:
@@ -113,11 +127,21 @@ def columns_of(product: Product, tile: Tile) -> tuple[int, int]:
     return padded, -(-copies * padded // tile.columns) * tile.columns
 
 
+def spacings(product: Product, tile: Tile) -> tuple[int, int]:
+    """Voxels along y and z from one line of a program, or voxel of a row, to the next: the dilation in the kernel of several lines."""
+    return product.dilations[1:] if tile.lines > 1 else (1, 1)
+
+
 def span_of(product: Product, tile: Tile) -> int:
     """Input voxels along z that a row of the product reads in one run, or kernel offsets where runs are of one offset."""
     if tile.mode == "tap":
         return product.kernel[2]
-    return (tile.group - 1) * product.strides[2] + (product.kernel[2] - 1) * product.dilations[2] + 1
+    return (tile.group - 1) * product.strides[2] + (product.kernel[2] - 1) * _between(product, tile) + 1
+
+
+def _between(product: Product, tile: Tile) -> int:
+    """From one kernel offset along z to the next, in voxels of a run."""
+    return 1 if tile.lines > 1 else product.dilations[2]
 
 
 def run_of(product: Product, tile: Tile) -> int:
@@ -131,7 +155,7 @@ def packed(weight: Integers, product: Product, tile: Tile) -> Integers:
     """Weights in the order in which the kernels read them.
 
     Args:
-        weight: (K, C, kx, ky, kz) of a convolution; (C, K, kx, ky, kz) of a ConvTranspose.
+        weight: (K, C, kx, ky, kz) of a convolution; (C, K, kx, ky, kz) of a ConvTranspose; those of spare channels are 0.
 
     Returns:
         (runs, columns, tile.run) int8; for several lines a run is followed by those of the other offsets along y.
@@ -146,10 +170,17 @@ def packed(weight: Integers, product: Product, tile: Tile) -> Integers:
 
 def _as_convolution(weight: Integers, product: Product) -> Integers:
     """(copies, K, C, kx, ky, kz)."""
+    channels, outputs = product.channels
     if product.copies == 1:
-        return weight[None]
-    channels, outputs = weight.shape[:2]
+        return _filled(_filled(weight, 0, outputs), 1, channels)[None]
+    weight = _filled(_filled(weight, 0, channels), 1, outputs)
     return weight.transpose(2, 3, 4, 1, 0).reshape(product.copies, outputs, channels, 1, 1, 1)
+
+
+def _filled(values: npt.NDArray[Number], axis: int, size: int) -> npt.NDArray[Number]:
+    """An array with zeros behind it, `size` long; itself where it is."""
+    missing = size - values.shape[axis]
+    return np.pad(values, [(0, missing if place == axis else 0) for place in range(values.ndim)]) if missing else values
 
 
 def _rows_of_runs(weight: Integers, product: Product, tile: Tile) -> Integers:
@@ -160,7 +191,7 @@ def _rows_of_runs(weight: Integers, product: Product, tile: Tile) -> Integers:
     whole = np.zeros((copies * tile.group, padded, kx, ky, span, channels), np.int8)
     for place in range(tile.group):
         for offset in range(kz):
-            at = offset if tile.mode == "tap" else place * product.strides[2] + offset * product.dilations[2]
+            at = offset if tile.mode == "tap" else place * product.strides[2] + offset * _between(product, tile)
             whole[place * copies : (place + 1) * copies, :outputs, :, :, at] = weight[..., offset].transpose(
                 0, 1, 3, 4, 2
             )
@@ -189,7 +220,7 @@ def has_bits(product: Product, tile: Tile) -> bool:
 def fits(product: Product, tile: Tile) -> bool:
     """Whether a tiling can compute a step, and wastes little of it."""
     channels = product.channels[0]
-    if not has_bits(product, tile) or (tile.mode != "tap" and product.dilations[2] > 1):
+    if not has_bits(product, tile) or (tile.mode != "tap" and _between(product, tile) > 1):
         return False
     if tile.lines > 1 and not (product.dense and product.kernel[1] > 1 and tile.mode != "all"):
         return False
@@ -218,8 +249,8 @@ def zeros(epilogue: Epilogue, out: View) -> tuple[int, int, int]:
     return epilogue.rounded_zero, 0 if epilogue.other is None else epilogue.other.zero, out.zero
 
 
-def flags(epilogue: Epilogue, out: View, *, biased: bool, summed: bool) -> tuple[bool | int, ...]:
-    """What the kernels are compiled for: biased, kind, rounds, adds, last, integers, summed."""
+def flags(epilogue: Epilogue, out: View, *, biased: bool, summed: int) -> tuple[bool | int, ...]:
+    """What the kernels are compiled for: biased, kind, rounds, adds, last, integers, summed (how many channels)."""
     return (
         biased,
         kind_of(epilogue.activation),
@@ -247,7 +278,7 @@ def constants(step: Convolve | Upsample, product: Product, tile: Tile) -> tuple[
     kind = (tile.group, padded, span_of(product, tile), run_of(product, tile), tile.mode)
     block = (tile.rows, tile.columns, tile.run, tile.stages)
     if tile.lines > 1:
-        return (*shape, *product.pads, *kind, tile.lines, *block)
+        return (*shape, *product.dilations, *product.pads, *kind, tile.lines, *block)
     return (*shape, *product.strides, *product.dilations, *product.pads, *product.factor, *kind, *block)
 
 
@@ -258,11 +289,9 @@ def _once(step: Convolve | Upsample) -> bool:
 
 def even(product: Product, tile: Tile) -> bool:
     """Whether every program has all its rows and columns."""
-    x, y, z = product.rows
     padded, columns = columns_of(product, tile)
-    whole_rows = (
-        y % tile.lines == 0 and z % tile.group == 0 and (x * y * z // (tile.lines * tile.group)) % tile.rows == 0
-    )
+    rows = rows_of(product, tile)
+    whole_rows = rows * tile.lines * tile.group == math.prod(product.rows) and rows % tile.rows == 0
     return whole_rows and padded == product.channels[1] and columns == tile.group * product.copies * padded
 
 
@@ -279,20 +308,29 @@ def wide(step: Convolve | Upsample, product: Product) -> bool:
 
 
 def first_sums(step: Convolve | Upsample) -> npt.NDArray[np.int32]:
-    """Minus the input's zero times the sum of the weights of each output channel, int32; of each kernel offset in a ConvTranspose."""
+    """Minus the input's zero times the sum of the weights of each output channel, int32; of each kernel offset in a ConvTranspose.
+
+    Those of spare channels are 0.
+    """
     if isinstance(step, Upsample):
         channels, outputs = step.weight.shape[:2]
         wholes = step.weight.reshape(channels, outputs, -1).sum(0, dtype=np.int64).T
     else:
         wholes = step.weight.reshape(len(step.weight), -1).sum(1, dtype=np.int64)
+    wholes = _filled(wholes, wholes.ndim - 1, product_of(step).channels[1])
     return np.ascontiguousarray(-step.x.zero * wholes, np.int32).reshape(-1)
 
 
 def grid_of(step: Convolve | Upsample, product: Product, tile: Tile) -> Triple:
     """Programs for (rows, columns, samples)."""
-    x, y, z = product.rows
-    rows = x * -(-y // tile.lines) * -(-z // tile.group)
-    return -(-rows // tile.rows), columns_of(product, tile)[1] // tile.columns, step.x.shape[0]
+    return -(-rows_of(product, tile) // tile.rows), columns_of(product, tile)[1] // tile.columns, step.x.shape[0]
+
+
+def rows_of(product: Product, tile: Tile) -> int:
+    """Rows of the matrix product of one sample."""
+    (x, y, z), (along_y, along_z) = product.rows, spacings(product, tile)
+    blocks = -(-y // along_y), -(-z // along_z)  # of as many neighbours as are not one dilation apart
+    return x * -(-blocks[0] // tile.lines) * along_y * -(-blocks[1] // tile.group) * along_z
 
 
 def flattened(step: Convolve) -> Convolve:
@@ -340,20 +378,26 @@ def launch_of(step: Convolve | Upsample, place: Place, tile: Tile, weights: Any,
     step = flattened(step) if isinstance(step, Convolve) else step
     product = product_of(step)
     kernel: Any = convolve_lines if tile.lines > 1 else convolve
-    out, multiplier = place.view(step.out), place.constant(step.multiplier)
+    out = place.view(step.out)
+    multiplier, bias = (
+        None if one is None else place.constant(_filled(one, 0, product.channels[1]))
+        for one in (step.multiplier, step.bias)
+    )
     tensors = (
         place.view(step.x),
         weights,
         out,
         out if step.epilogue.other is None else place.view(step.epilogue.other),
         multiplier,
-        multiplier if step.bias is None else place.constant(step.bias),
+        multiplier if bias is None else bias,
         multiplier if step.sums is None else place.sums(step.sums),
         place.constant(border(step.x.zero)) if step.x.zero else weights,
         start,
     )
     told = (
-        *flags(step.epilogue, step.out, biased=step.bias is not None, summed=step.sums is not None),
+        *flags(
+            step.epilogue, step.out, biased=bias is not None, summed=step.out.channels if step.sums is not None else 0
+        ),
         _once(step),
         even(product, tile),
         SLOTS,

@@ -108,6 +108,7 @@ def add_sums(sums, first, second, channel, live, n, K: tl.constexpr, SLOTS: tl.c
     """
     samples = tl.num_programs(2)
     sums += ((tl.program_id(0) % SLOTS) * samples + n) * (K * 2)
+    live = live & (channel < K)
     tl.atomic_add(sums + channel * 2, first.to(tl.int64), mask=live, sem="relaxed")
     tl.atomic_add(sums + channel * 2 + 1, second.to(tl.int64), mask=live, sem="relaxed")
 
@@ -211,8 +212,8 @@ def convolve(
         y_pitch, other_pitch, K, biased, kind, rounds, adds, last, integers, once, even,
             rounded_zero, other_zero, out_zero, WIDE,
     )  # fmt: skip
-    if summed:
-        add_sums(sums, tl.sum(q, axis=0), tl.sum(q * q, axis=0), channel, live, n, K, SLOTS)
+    if summed > 0:
+        add_sums(sums, tl.sum(q, axis=0), tl.sum(q * q, axis=0), channel, live, n, summed, SLOTS)
 
 
 @triton.jit(do_not_specialize=ZEROS)
@@ -223,17 +224,21 @@ def convolve_lines(
     x_pitch: tl.constexpr, y_pitch: tl.constexpr, other_pitch: tl.constexpr,
     x_sample: tl.constexpr, y_sample: tl.constexpr, other_sample: tl.constexpr,
     C: tl.constexpr, K: tl.constexpr, KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    PD: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    DD: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, PD: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     P: tl.constexpr, KP: tl.constexpr, SPAN: tl.constexpr, RUN: tl.constexpr, MODE: tl.constexpr, LINES: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
     biased: tl.constexpr, kind: tl.constexpr, rounds: tl.constexpr, adds: tl.constexpr, last: tl.constexpr,
     integers: tl.constexpr, summed: tl.constexpr, once: tl.constexpr, even: tl.constexpr, SLOTS: tl.constexpr,
     SHIFTED: tl.constexpr, PAGES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """A convolution of stride and dilation 1 for LINES output lines along y at a time: each line of the input is read once for all
-    of them, which is what the others pay for with bandwidth."""
-    G: tl.constexpr = (OW + P - 1) // P
-    HB: tl.constexpr = (OH + LINES - 1) // LINES
+    """A convolution of stride 1 for LINES output lines along y at a time: each line of the input is read once for all of them, which is
+    what the others pay for with bandwidth.
+
+    A dilated convolution is a dense one of every DH-th line and every DW-th voxel: so far apart are the lines of a program, and the
+    P voxels of a row.
+    """
+    G: tl.constexpr = ((OW + DW - 1) // DW + P - 1) // P * DW
+    HB: tl.constexpr = ((OH + DH - 1) // DH + LINES - 1) // LINES * DH
     KO: tl.constexpr = KW if MODE == "tap" else 1
     NB: tl.constexpr = RUN // BK
     r = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -242,14 +247,16 @@ def convolve_lines(
     x += n * x_sample
     y += n * y_sample
     g = r % G
-    h = ((r // G) % HB) * LINES
+    z = g // DW * (DW * P) + g % DW
+    block = (r // G) % HB
+    h = block // DH * (DH * LINES) + block % DH
     d = r // (G * HB)
     ok = r < OD * HB * G
-    base = far(((d - PD) * H + h - PH) * W + g * P - PW, x_pitch, WIDE)
+    base = far(((d - PD) * H + h - PH) * W + z - PW, x_pitch, WIDE)
     none = tl.zeros((BM,), tl.int32)
-    in_x = tl.where(ok, inside(d - PD, KD, 1, D, none), 0)
-    in_y = inside(h - PH, LINES + KH - 1, 1, H, none)
-    in_z = inside(g * P - PW, SPAN, 1, W, none)
+    in_x = tl.where(ok, inside(d - PD, KD, DD, D, none), 0)
+    in_y = inside(h - PH, LINES + KH - 1, DH, H, none)
+    in_z = inside(z - PW, SPAN, DW, W, none)
     kk = tl.arange(0, BK)
     weights = w + col[:, None] * BK + kk[None, :]
     columns = tl.num_programs(1) * BN
@@ -271,11 +278,11 @@ def convolve_lines(
         for ty in tl.static_range(KH):
             taps = taps + (tl.load(weights + (i * KH + ty) * columns * BK).T,)
         for line in tl.static_range(LINES + KH - 1):
-            at = base + far((tx * H + line) * W + tz, x_pitch, WIDE)
+            at = base + far((tx * DD * H + line * DH) * W + tz * DW, x_pitch, WIDE)
             there = (in_x >> tx) & (in_y >> line)
             if MODE == "line":
                 there = (there[:, None] & (in_z[:, None] >> (k // C)[None, :]) & 1) != 0
-                at = at[:, None] + ((k // C) * x_pitch + k % C)[None, :]
+                at = at[:, None] + ((k // C) * (DW * x_pitch) + k % C)[None, :]
             else:
                 there = ((there & (in_z >> tz) & 1) != 0)[:, None]
                 at = at[:, None] + k[None, :]
@@ -290,17 +297,17 @@ def convolve_lines(
     first = tl.zeros((BM, BN), tl.int32)
     second = tl.zeros((BM, BN), tl.int32)
     for t in tl.static_range(LINES):
-        keep = (ok & (h + t < OH))[:, None] & live[None, :]
-        if OW % P != 0:
-            keep = keep & ((g[:, None] * P + place[None, :]) < OW)
+        keep = (ok & (h + t * DH < OH))[:, None] & live[None, :]
+        if OW % (P * DW) != 0:
+            keep = keep & ((z[:, None] + place[None, :] * DW) < OW)
         q = store(
-            totals[t], y, other + n * other_sample, multiplier, bias, (d * OH + h + t) * OW + g * P, keep, place, channel,
+            totals[t], y, other + n * other_sample, multiplier, bias, (d * OH + h + t * DH) * OW + z, keep, place * DW, channel,
             (rounded_step, other_step, out_step, low, high, last_low, last_high),
             y_pitch, other_pitch, K, biased, kind, rounds, adds, last, integers, once, even,
             rounded_zero, other_zero, out_zero, WIDE,
         )  # fmt: skip
-        if summed:
+        if summed > 0:
             first += q
             second += q * q
-    if summed:
-        add_sums(sums, tl.sum(first, axis=0), tl.sum(second, axis=0), channel, live, n, K, SLOTS)
+    if summed > 0:
+        add_sums(sums, tl.sum(first, axis=0), tl.sum(second, axis=0), channel, live, n, summed, SLOTS)

@@ -46,7 +46,7 @@ class Joins:
 def slice_of(whole: View, place: Place) -> View:
     """The part of a whole."""
     shape = tuple(place.size if axis == place.axis else size for axis, size in enumerate(whole.shape))
-    return replace(whole, offset=whole.offset + place.start * whole.strides[place.axis], shape=shape)
+    return replace(whole, offset=whole.offset + place.start * whole.strides[place.axis], shape=shape, spare=0)
 
 
 def join(network: Network) -> Joins:

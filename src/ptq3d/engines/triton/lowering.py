@@ -18,7 +18,7 @@ from ptq3d.engines.triton.network import Network, Node, read_network
 from ptq3d.engines.triton.program import Program
 from ptq3d.engines.triton.steps import UNIT, Enter, Float, View
 from ptq3d.engines.triton.tails import Tail
-from ptq3d.engines.triton.views import canonical_order, dense_strides
+from ptq3d.engines.triton.views import canonical_order, row_of, row_strides
 from ptq3d.errors import EngineError, few
 
 Rule = Callable[[Assembly, Node], None]
@@ -117,10 +117,10 @@ def _answer(assembly: Assembly) -> View:
     view = assembly.view(network.output)
     producer = network.producer(network.output)
     integers = producer is not None and producer.op == "QuantizeLinear"
-    wanted = "int8" if integers else "fp32"
-    dense = dense_strides(view.shape, canonical_order(len(view.shape)))
+    wanted, order = "int8" if integers else "fp32", canonical_order(len(view.shape))
+    strides = row_strides(view.shape, order, row_of(view.shape, wanted, order))
     buffer = assembly.buffers[view.buffer]
-    whole = (view.offset, view.strides, buffer.dtype) == (0, dense, wanted) and view.dtype == wanted
+    whole = (view.offset, view.strides, buffer.dtype) == (0, strides, wanted) and view.dtype == wanted
     if whole:
         return view
     out = assembly.fresh(view.shape, "int8" if integers else "fp32", view.scale if integers else UNIT)

@@ -91,7 +91,7 @@ def split(assembly: Assembly, node: Node) -> None:
     for name, start, size in zip(node.outputs, itertools.accumulate(sizes, initial=0), sizes, strict=False):
         offset = view.offset + start * view.strides[axis]
         shape = tuple(size if place == axis else old for place, old in enumerate(view.shape))
-        assembly.name([name], replace(view, offset=offset, shape=shape))
+        assembly.name([name], replace(view, offset=offset, shape=shape, spare=0))
 
 
 def pad(assembly: Assembly, node: Node) -> None:

@@ -46,6 +46,7 @@ class View:
         step: the real value of one integer where `dtype` is int8, else 1.
         zero: the stored integer that stands for 0 where `dtype` is int8: real = (integer - zero) * step. A uint8 of the file with
             zero-point p is stored as an int8 smaller by 128, so that its zero is p - 128.
+        spare: values behind the channels of each row that are nobody else's and mean nothing: a step may write them.
     """
 
     buffer: int
@@ -55,6 +56,7 @@ class View:
     dtype: Dtype
     step: float = 1.0
     zero: int = 0
+    spare: int = 0
 
     @property
     def scale(self) -> Scale:

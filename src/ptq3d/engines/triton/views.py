@@ -14,6 +14,7 @@ from ptq3d.engines.triton.steps import View
 
 IMAGE_ORDER = (0, 2, 3, 4, 1)
 WIDEST = 4096  # channels that axes may be joined to
+LANES = 16  # values of an INT8 image that a thread moves at once
 
 
 def canonical_order(rank: int) -> tuple[int, ...]:
@@ -21,10 +22,21 @@ def canonical_order(rank: int) -> tuple[int, ...]:
     return IMAGE_ORDER if rank == 5 else tuple(range(rank))
 
 
-def dense_strides(shape: Shape, order: Sequence[int]) -> tuple[int, ...]:
-    """Strides without gaps, the last axis of `order` innermost."""
-    strides, size = [1] * len(shape), 1
-    for axis in reversed(order):
+def lanes(channels: int) -> int:
+    """C, and what fills a row of an INT8 image up, so that rows start where a thread can move 16 bytes, or all of a shorter row."""
+    return -(-channels // LANES) * LANES if channels > LANES else 1 << max(0, channels - 1).bit_length()
+
+
+def row_of(shape: Shape, dtype: str, order: Sequence[int]) -> int:
+    """Values from one row of a new tensor to the next: `lanes` of an INT8 image with its channels last, no more than needed of others."""
+    channels = shape[order[-1]]
+    return lanes(channels) if dtype == "int8" and tuple(order) == IMAGE_ORDER else channels
+
+
+def row_strides(shape: Shape, order: Sequence[int], row: int) -> tuple[int, ...]:
+    """Strides of a tensor whose innermost axis, the last of `order`, takes `row` values."""
+    strides, size = [1] * len(shape), row
+    for axis in reversed(order[:-1]):
         strides[axis], size = size, size * shape[axis]
     return tuple(strides)
 
@@ -40,13 +52,14 @@ def moved(view: View, move: Callable[[Tensor], Tensor]) -> View:
     span = view.offset + 1 + sum((size - 1) * stride for size, stride in zip(view.shape, view.strides, strict=True))
     base = torch.empty(span, device="meta").as_strided(view.shape, view.strides, view.offset)
     seen = move(base)
-    return replace(view, offset=int(seen.storage_offset()), shape=tuple(seen.shape), strides=tuple(seen.stride()))
+    shape, strides = tuple(seen.shape), tuple(seen.stride())
+    return replace(view, offset=int(seen.storage_offset()), shape=shape, strides=strides, spare=0)
 
 
 def permuted(view: View, order: Sequence[int]) -> View:
     """Transposed; exact also where PyTorch would choose other strides."""
     shape, strides = (tuple(values[axis] for axis in order) for values in (view.shape, view.strides))
-    return replace(view, shape=shape, strides=strides)
+    return replace(view, shape=shape, strides=strides, spare=0)
 
 
 def reshaped(view: View, shape: Shape) -> View | None:

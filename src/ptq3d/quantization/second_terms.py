@@ -120,8 +120,7 @@ def _price(node: ir.Node, macs: int, prices: Prices, *, is_image: bool) -> tuple
     more = full * (_up(2 * channels, lanes) / _up(channels, lanes) - 1)
     split = float("inf") if prices.terms is None else more + prices.terms * values
     moved = 0.0 if is_image else prices.float_value * values
-    made = prices.float_made * float(np.prod(shape_of(node.outputs[0])))
-    return split, macs * prices.float_mac + moved + made
+    return split, macs * prices.float_mac + moved
 
 
 def _up(number: int, step: int) -> int:

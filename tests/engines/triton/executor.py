@@ -117,10 +117,11 @@ def check(step: Step) -> None:
         assert all(view.pitch is not None for view in views), step
     if isinstance(step, Convolve | Upsample | Normalize | Pool | Resize):
         assert all(len(view.shape) == 5 for view in views)
-    if isinstance(step, Convolve | Upsample | Normalize):
+    if isinstance(step, Upsample | Normalize):
         assert step.x.dtype == "int8"
     if isinstance(step, Convolve | Upsample):
-        assert step.weight.dtype == np.int8
+        assert step.weight.dtype == {"int8": np.int8, "fp16": np.float32}[step.x.dtype]
+        assert step.x.dtype == "int8" or (step.multiplier == 1).all()
         assert step.weight.flags.c_contiguous
         assert step.multiplier.shape == (step.out.shape[1],)
         assert step.bias is None or step.bias.shape == (step.out.shape[1],)
@@ -159,7 +160,8 @@ def centred(run: Executor, view: View) -> Tensor:
 
 
 def rescaled(run: Executor, step: Convolve | Upsample, total: Tensor) -> None:
-    v = total.to(torch.int32).float() * channels(step.multiplier)
+    total = total.to(torch.int32) if step.x.dtype == "int8" else total
+    v = total.float() * channels(step.multiplier)
     if step.bias is not None:
         v = v + channels(step.bias)
     run.finish(v, step, step.epilogue)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from itertools import combinations
 
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ptq3d.engines.triton.ahead import Blueprint
+from ptq3d.engines.triton.arena import Arena
 from ptq3d.engines.triton.memory import ALIGNMENT, lifetimes, place, planned
 from ptq3d.engines.triton.program import Buffer, Program
-from ptq3d.engines.triton.steps import Move, View
+from ptq3d.engines.triton.steps import Dtype, Move, View
 
 LIVES = st.tuples(st.integers(0, 12), st.integers(0, 6)).map(lambda pair: (pair[0], pair[0] + pair[1]))
 BUFFERS = st.lists(st.tuples(st.integers(0, 5000), LIVES), max_size=24)
@@ -47,3 +50,14 @@ def test_a_chain_of_steps_needs_two_buffers_beside_input_and_output() -> None:
 
 def test_a_buffer_that_nothing_needs_takes_no_memory() -> None:
     assert place([4096, 100], [(0, -1), (0, 3)]) == ((0, 0), ALIGNMENT)
+
+
+@given(st.integers(0, 64), st.sampled_from(["int8", "fp16", "fp32"]))
+def test_what_is_compiled_ahead_has_the_alignment_of_what_is_launched(offset: int, dtype: Dtype) -> None:
+    """Triton compiles a kernel anew for a pointer that 16 does not divide: a slice of channels may start anywhere."""
+    view = View(1, offset, (1, 4), (4, 1), dtype)
+    first = View(0, 0, (1, 100), (100, 1), "int8")
+    program = planned(Program((Move("", view, view),), (Buffer(100, "int8"), Buffer(68, dtype)), first, first, ()))
+    real, ahead = Arena(program, torch.device("cpu")).view(view), Blueprint().view(view)
+    assert ahead.dtype == real.dtype
+    assert ahead.data_ptr() % 16 == real.data_ptr() % 16

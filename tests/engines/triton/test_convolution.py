@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -288,6 +289,63 @@ def test_channels_of_a_slice_are_read_in_whole_lanes_where_rows_allow_it(device:
         assert product_of(one).channels == (wanted, 16)
         memory.sums(step.sums or 0).zero_()
         checked(one, memory, TILES[0])
+
+
+def in_fp16(memory: Memory, step: Convolve, *, out: str) -> Convolve:
+    """A convolution of real values; spare channels of x are finite."""
+    x, rows = step.x, lanes(step.x.channels)
+    n, c, *size = x.shape
+    values = torch.randn(n, *size, rows).half()
+    strides = (math.prod(size) * rows, 1, size[1] * size[2] * rows, size[2] * rows, rows)
+    x = View(memory.add(values), 0, x.shape, strides, "fp16", spare=rows - c)
+    weight = np.random.default_rng(3).normal(size=step.weight.shape).astype(np.float32) / 20
+    step = replace(step, x=x, weight=weight, multiplier=np.ones(len(weight), np.float32))
+    if out != "int8":
+        shape, types = (
+            (*step.out.shape[:1], *step.out.shape[2:], step.out.shape[1]),
+            {"fp16": torch.half, "fp32": torch.float},
+        )
+        buffer = memory.add(torch.full(shape, 7.0, dtype=types[out]))
+        step = replace(step, sums=None, out=replace(step.out, buffer=buffer, dtype=out, step=1.0))
+    return step
+
+
+@pytest.mark.parametrize("out", ["int8", "fp16", "fp32"])
+@pytest.mark.parametrize(
+    ("channels", "kernel", "strides", "dilations"),
+    [
+        ((32, 16), (3, 3, 3), (1, 1, 1), (1, 1, 1)),
+        ((30, 18), (1, 1, 1), (1, 1, 1), (1, 1, 1)),
+        ((30, 30), (3, 3, 3), (1, 1, 1), (2, 3, 2)),
+        ((1, 5), (3, 3, 3), (2, 2, 2), (1, 1, 1)),
+        ((5, 20), (3, 1, 3), (1, 1, 2), (1, 1, 1)),
+    ],
+)
+def test_convolutions_of_real_values(
+    device: torch.device,
+    channels: tuple[int, int],
+    kernel: tuple[int, int, int],
+    strides: tuple[int, int, int],
+    dilations: tuple[int, int, int],
+    out: str,
+) -> None:
+    """Operands in FP16, as tensor cores round nothing of, and sums in float32, whose order differs; integers within one of the right."""
+    memory = Memory(device)
+    step = convolution(memory, channels, (4, 6, 9), kernel=kernel, strides=strides, dilations=dilations)
+    step = in_fp16(memory, step, out=out)
+    wanted = expected(replace(step, weight=step.weight.astype(np.float16)), memory).double()
+    product = product_of(step)
+    assert product.width == 2
+    assert product.channels[0] == lanes(channels[0])
+    for tile in (*worth_trying(product), simple_tile(product)):
+        prepare_convolve(step, memory, tile)()
+        found = memory.view(step.out).cpu().double()
+        if out == "int8":
+            assert (found - wanted).abs().max() <= 1
+            assert (found == wanted).double().mean() >= 0.999
+        else:
+            tolerance = {"fp16": 2**-10, "fp32": 1e-5}[out]
+            assert torch.allclose(found, wanted, rtol=tolerance, atol=1e-5)
 
 
 @pytest.mark.parametrize("added", [True, False])

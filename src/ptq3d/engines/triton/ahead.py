@@ -20,15 +20,17 @@ from triton.runtime.jit import MockTensor
 from ptq3d.engines.triton.arena import TYPES
 from ptq3d.engines.triton.convolution import launch_of
 from ptq3d.engines.triton.keys import fix_keys
-from ptq3d.engines.triton.steps import View
+from ptq3d.engines.triton.steps import BYTES, View
 
 
 class Blueprint:
-    """A `Place` without memory: what it gives has a type only."""
+    """A `Place` without memory: what it gives has a type and an alignment only."""
 
     def view(self, view: View) -> Any:
-        """A pointer of the view's type."""
-        return MockTensor(TYPES[view.dtype])
+        """A pointer to the view's first value, in a buffer that is aligned as all are."""
+        pointer, address = MockTensor(TYPES[view.dtype]), view.offset * BYTES[view.dtype]
+        pointer.data_ptr = lambda: address  # Triton compiles anew for an address that 16 does not divide
+        return pointer
 
     def constant(self, array: npt.NDArray[Any]) -> Any:
         """A pointer of the array's type."""
@@ -48,7 +50,7 @@ def main() -> None:
     fix_keys()
     for step, tile in pickle.loads(Path(sys.argv[1]).read_bytes()):
         try:
-            launch_of(step, Blueprint(), tile, MockTensor(torch.int8), MockTensor(torch.int32)).compile()
+            launch_of(step, Blueprint(), tile, MockTensor(TYPES[step.x.dtype]), MockTensor(torch.int32)).compile()
         except OutOfResources:
             continue
 

@@ -70,10 +70,18 @@ class Assembly:
         self.buffers.append(Buffer(size, dtype))
         return len(self.buffers) - 1
 
-    def fresh(self, shape: Shape, dtype: Dtype, scale: Scale = UNIT, order: Sequence[int] | None = None) -> View:
+    def fresh(
+        self,
+        shape: Shape,
+        dtype: Dtype,
+        scale: Scale = UNIT,
+        order: Sequence[int] | None = None,
+        *,
+        filled: bool = False,
+    ) -> View:
         """A new buffer for a tensor, with rows of `row_of`; `order` of its axes is the canonical one unless given."""
         order = canonical_order(len(shape)) if order is None else order
-        row, channels = row_of(shape, dtype, order), shape[order[-1]]
+        row, channels = row_of(shape, dtype, order, filled=filled), shape[order[-1]]
         buffer = self.buffer(math.prod(shape) // channels * row, dtype)
         return View(buffer, 0, shape, row_strides(shape, order, row), dtype, *scale, row - channels)
 
@@ -102,8 +110,14 @@ class Assembly:
         """Whether pieces of a concat were written into its buffer."""
         return concat in self._wholes
 
-    def store(self, tail: Tail, order: Sequence[int] | None = None) -> View:
-        """Memory for what a step makes: a part of a concat where it belongs to one and lies in that order, else its own."""
+    def store(self, tail: Tail, order: Sequence[int] | None = None, *, filled: bool = False) -> View:
+        """Memory for what a step makes: a part of a concat where it belongs to one and lies in that order, else its own.
+
+        Args:
+            tail: what is stored.
+            order: of axes, the canonical one unless given.
+            filled: the step writes whole lanes (`row_of`).
+        """
         shape = self.network.shapes[tail.names[0]]
         canonical = order is None or tuple(order) == canonical_order(len(shape))
         dtype: Dtype = "fp16" if tail.dtype == "fp32" and not canonical else tail.dtype
@@ -111,7 +125,7 @@ class Assembly:
         if place is not None and canonical and self._joins.formats[place.concat] == (dtype, tail.scale):
             view = slice_of(self.whole(place.concat), place)
         else:
-            view = self.fresh(shape, dtype, tail.scale, order)
+            view = self.fresh(shape, dtype, tail.scale, order, filled=filled)
         self.name(tail.names, view)
         self.done.update(tail.nodes)
         return view

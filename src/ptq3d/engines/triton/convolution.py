@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,12 +15,11 @@ from ptq3d.engines.triton.arithmetic import kind_of, one_remainder
 from ptq3d.engines.triton.convolution_kernels import convolve, convolve_lines
 from ptq3d.engines.triton.place import SLOTS, Launch, Place
 from ptq3d.engines.triton.rows import power_of_two
-from ptq3d.engines.triton.steps import LARGEST_KERNEL, Convolve, Epilogue, Triple, Upsample, View
+from ptq3d.engines.triton.steps import BYTES, LARGEST_KERNEL, Convolve, Epilogue, Triple, Upsample, View
 from ptq3d.engines.triton.views import LANES, lanes
 from ptq3d.errors import EngineError
 
-Integers = npt.NDArray[np.int8]
-Number = TypeVar("Number", bound=np.generic)
+Weights = npt.NDArray[Any]  # int8, or floats that are multiplied in FP16
 LARGEST_INT32 = (1 << 31) - 1
 PAD_BYTES = 1 << 18  # of zeros that stand beyond the border
 
@@ -34,7 +33,7 @@ class Tile:
         group: P, output voxels along z in one row of the product.
         lines: output lines along y in one program; 1 for the kernel that takes any convolution.
         rows, columns: of the product in one program; powers of two.
-        run: bytes of the sum at a time.
+        run: values of the sum at a time.
         stages: of the pipeline that loads them.
         warps: in one program.
     """
@@ -59,6 +58,7 @@ class Product:
         channels: C of the input, K of the output, and spare ones whose weights are 0 where their rows have such.
         kernel, strides, dilations, pads: of a convolution; 1 for a ConvTranspose.
         factor: of a ConvTranspose; 1 for a convolution.
+        width: bytes of a value.
     """
 
     size: Triple
@@ -69,6 +69,7 @@ class Product:
     dilations: Triple
     pads: Triple
     factor: Triple
+    width: int
 
     @property
     def copies(self) -> int:
@@ -90,14 +91,16 @@ def product_of(step: Convolve | Upsample) -> Product:
     one = (1, 1, 1)
     size = _triple(step.x.shape[2:])
     if isinstance(step, Upsample):
-        return Product(size, size, _channels(step), one, one, one, (0, 0, 0), _triple(step.weight.shape[2:]))
+        factor = _triple(step.weight.shape[2:])
+        return Product(size, size, _channels(step), one, one, one, (0, 0, 0), factor, BYTES["int8"])
     if step.groups != 1:
         raise EngineError(f"'{step.name}' is a convolution of {step.groups} groups, which has no INT8 kernel.")
     kernel = _triple(step.weight.shape[2:])
     if max(kernel) > LARGEST_KERNEL:
         raise EngineError(f"'{step.name}' has a kernel of {kernel}; the INT8 kernels take {LARGEST_KERNEL} at most.")
     rows = _triple(step.out.shape[2:])
-    return Product(size, rows, _channels(step), kernel, step.strides, step.dilations, _triple(step.pads[:3]), one)
+    pads, width = _triple(step.pads[:3]), BYTES[step.x.dtype]
+    return Product(size, rows, _channels(step), kernel, step.strides, step.dilations, pads, one, width)
 
 
 def _channels(step: Convolve | Upsample) -> tuple[int, int]:
@@ -108,7 +111,9 @@ def _channels(step: Convolve | Upsample) -> tuple[int, int]:
 
 
 def _read(view: View, step: Convolve | Upsample) -> int:
-    """Channels in whole lanes where a row has them, whoever they belong to; else its own."""
+    """Channels in whole lanes where a row has them, whoever they belong to; else its own. In FP16 only those that are finite."""
+    if view.dtype != "int8":
+        return view.channels + view.spare
     pitch, wanted = _pitch(view, step), lanes(view.channels)
     unit, first = min(wanted, LANES), view.offset % pitch
     return wanted if first % unit == pitch % unit == 0 and first + wanted <= pitch else view.channels
@@ -145,21 +150,22 @@ def _between(product: Product, tile: Tile) -> int:
 
 
 def run_of(product: Product, tile: Tile) -> int:
-    """The bytes of a run, in whole steps of the tile."""
+    """The values of a run, in whole steps of the tile."""
     span = 1 if tile.mode == "tap" else span_of(product, tile)
     offsets = product.kernel[0] * product.kernel[1] if tile.mode == "all" else 1
     return -(-offsets * span * product.channels[0] // tile.run) * tile.run
 
 
-def packed(weight: Integers, product: Product, tile: Tile) -> Integers:
+def packed(weight: Weights, product: Product, tile: Tile) -> Weights:
     """Weights in the order in which the kernels read them.
 
     Args:
         weight: (K, C, kx, ky, kz) of a convolution; (C, K, kx, ky, kz) of a ConvTranspose; those of spare channels are 0.
 
     Returns:
-        (runs, columns, tile.run) int8; for several lines a run is followed by those of the other offsets along y.
+        (runs, columns, tile.run) int8, or float16 of floats; for several lines a run is followed by those of the other offsets along y.
     """
+    weight = weight if weight.dtype == np.int8 else weight.astype(np.float16)
     matrix = _rows_of_runs(_as_convolution(weight, product), product, tile)
     kx, ky = (product.kernel[0], product.kernel[1]) if tile.mode != "all" else (1, 1)
     kz = product.kernel[2] if tile.mode == "tap" else 1
@@ -168,7 +174,7 @@ def packed(weight: Integers, product: Product, tile: Tile) -> Integers:
     return np.ascontiguousarray(pieces.transpose(order)).reshape(-1, matrix.shape[0], tile.run)
 
 
-def _as_convolution(weight: Integers, product: Product) -> Integers:
+def _as_convolution(weight: Weights, product: Product) -> Weights:
     """(copies, K, C, kx, ky, kz)."""
     channels, outputs = product.channels
     if product.copies == 1:
@@ -177,18 +183,18 @@ def _as_convolution(weight: Integers, product: Product) -> Integers:
     return weight.transpose(2, 3, 4, 1, 0).reshape(product.copies, outputs, channels, 1, 1, 1)
 
 
-def _filled(values: npt.NDArray[Number], axis: int, size: int) -> npt.NDArray[Number]:
+def _filled(values: npt.NDArray[Any], axis: int, size: int) -> npt.NDArray[Any]:
     """An array with zeros behind it, `size` long; itself where it is."""
     missing = size - values.shape[axis]
     return np.pad(values, [(0, missing if place == axis else 0) for place in range(values.ndim)]) if missing else values
 
 
-def _rows_of_runs(weight: Integers, product: Product, tile: Tile) -> Integers:
+def _rows_of_runs(weight: Weights, product: Product, tile: Tile) -> Weights:
     """(columns, everything that a row of the product sums), with zeros where a row reads what an output does not."""
     copies, outputs, channels, kx, ky, kz = weight.shape
     padded, columns = columns_of(product, tile)
     span = span_of(product, tile)
-    whole = np.zeros((copies * tile.group, padded, kx, ky, span, channels), np.int8)
+    whole = np.zeros((copies * tile.group, padded, kx, ky, span, channels), weight.dtype)
     for place in range(tile.group):
         for offset in range(kz):
             at = offset if tile.mode == "tap" else place * product.strides[2] + offset * _between(product, tile)
@@ -197,12 +203,12 @@ def _rows_of_runs(weight: Integers, product: Product, tile: Tile) -> Integers:
             )
     leading = {"tap": (kx, ky, span), "line": (kx, ky), "all": ()}[tile.mode]
     runs = whole.reshape(copies * tile.group * padded, *leading, -1)
-    filled = np.zeros((columns, *leading, run_of(product, tile)), np.int8)
+    filled = np.zeros((columns, *leading, run_of(product, tile)), weight.dtype)
     filled[: len(runs), ..., : runs.shape[-1]] = runs
     return filled
 
 
-def packed_bytes(product: Product, tile: Tile) -> int:
+def packed_size(product: Product, tile: Tile) -> int:
     """The length of `packed`."""
     offsets = (
         1
@@ -310,8 +316,10 @@ def wide(step: Convolve | Upsample, product: Product) -> bool:
 def first_sums(step: Convolve | Upsample) -> npt.NDArray[np.int32]:
     """Minus the input's zero times the sum of the weights of each output channel, int32; of each kernel offset in a ConvTranspose.
 
-    Those of spare channels are 0.
+    Those of spare channels are 0. Where the input's zero is 0, nothing reads them.
     """
+    if step.x.zero == 0:
+        return np.zeros(1, np.int32)
     if isinstance(step, Upsample):
         channels, outputs = step.weight.shape[:2]
         wholes = step.weight.reshape(channels, outputs, -1).sum(0, dtype=np.int64).T
@@ -360,7 +368,7 @@ def prepare_convolve(step: Convolve | Upsample, place: Place, tile: Tile) -> Lau
 
 
 @functools.cache
-def border(zero: int) -> Integers:
+def border(zero: int) -> npt.NDArray[np.int8]:
     """(PAD_BYTES,) int8 of an input's zero; the same array for the same zero."""
     return np.full(PAD_BYTES, zero, np.int8)
 
@@ -372,7 +380,7 @@ def launch_of(step: Convolve | Upsample, place: Place, tile: Tile, weights: Any,
         step: its `weight` counts by its shape alone.
         place: where its tensors are.
         tile: how it is cut.
-        weights: (runs, columns, tile.run) int8 on the device, as `packed` gives them.
+        weights: (runs, columns, tile.run) on the device, as `packed` gives them.
         start: int32 on the device, as `first_sums` gives them.
     """
     step = flattened(step) if isinstance(step, Convolve) else step

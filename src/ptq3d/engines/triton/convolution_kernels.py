@@ -1,7 +1,8 @@
-"""INT8 convolutions of volumes as matrix products on tensor cores, their input gathered on the way (implicit GEMM).
+"""Convolutions of volumes as matrix products on tensor cores, their input gathered on the way (implicit GEMM).
 
 Rows of the product are output voxels, or groups of P neighbours along z whose input is one run of memory; columns are output
-channels (of each of the P voxels); the sum runs over kernel offsets and input channels. Both operands are int8, sums int32.
+channels (of each of the P voxels); the sum runs over kernel offsets and input channels. Both operands are int8 and sums int32, or
+both are float16 and sums float32.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def store(
     integers: tl.constexpr, once: tl.constexpr, even: tl.constexpr,
     rounded_zero, other_zero, out_zero, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """int32 sums through the epilogue into the output.
+    """Sums through the epilogue into the output.
 
     Args:
         rows: of the output, in voxels, for each row of `total`.
@@ -71,16 +72,16 @@ def store(
 
 
 @triton.jit
-def first_sums(start, channel, live, BM: tl.constexpr, BN: tl.constexpr, SHIFTED: tl.constexpr):
-    """(BM, BN) int32 that sums begin with: minus the input's zero times the weights where it is not 0, so that (q - zero) is summed."""
+def first_sums(start, channel, live, BM: tl.constexpr, BN: tl.constexpr, SHIFTED: tl.constexpr, SUM: tl.constexpr):
+    """(BM, BN) that sums begin with: minus the input's zero times the weights where it is not 0, so that (q - zero) is summed."""
     if SHIFTED:
         return tl.broadcast_to(tl.load(start + channel, mask=live, other=0)[None, :], (BM, BN))
-    return tl.zeros((BM, BN), tl.int32)
+    return tl.zeros((BM, BN), SUM)
 
 
 @triton.jit
 def gather(x, at, pad, there, ok, exists, WHOLE: tl.constexpr, FULL: tl.constexpr, SHIFTED: tl.constexpr):
-    """int8 at x + `at` where `there`, the input's zero elsewhere; anything in rows that are not `ok`, which nothing stores, and
+    """Values at x + `at` where `there`, the input's zero elsewhere; anything in rows that are not `ok`, which nothing stores, and
     where not `exists`, whose weights are 0. All rows are ok where WHOLE, and everything exists where FULL.
 
     `pad` points to zeros: loads fill with another value than 0 only on the way through registers.
@@ -130,12 +131,13 @@ def convolve(
     integers: tl.constexpr, summed: tl.constexpr, once: tl.constexpr, even: tl.constexpr, SLOTS: tl.constexpr,
     SHIFTED: tl.constexpr, PAGES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Any convolution without groups; `MODE` says what a run of `RUN` bytes of the sum is.
+    """Any convolution without groups; `MODE` says what a run of `RUN` values of the sum is.
 
     "tap": the channels of one kernel offset; "line": those of the SPAN voxels along z that P outputs read; "all": everything, for
     images of few channels. Where UX x UY x UZ is not 1, it is the factor of a ConvTranspose: its kernel offsets are further columns,
     which are stored as the voxels that they are. OD, OH, OW count the rows of the product.
     """
+    SUM: tl.constexpr = tl.int32 if x.dtype.element_ty == tl.int8 else tl.float32
     G: tl.constexpr = (OW + P - 1) // P
     r = tl.program_id(0) * BM + tl.arange(0, BM)
     col = tl.program_id(1) * BN + tl.arange(0, BN)
@@ -166,7 +168,7 @@ def convolve(
     pads = pads_of(pad, kk, BM, BK, PAGES)
     FULL: tl.constexpr = MODE != "tap" or C % BK == 0
     WHOLE: tl.constexpr = (OD * OH * G) % BM == 0
-    total = first_sums(start, channel + (place * K if UX * UY * UZ > 1 else 0), live, BM, BN, SHIFTED)
+    total = first_sums(start, channel + (place * K if UX * UY * UZ > 1 else 0), live, BM, BN, SHIFTED, SUM)
     for i in tl.range(0, TAPS * NB, num_stages=STAGES):
         k = (i % NB) * BK + kk
         if MODE == "all":
@@ -199,7 +201,7 @@ def convolve(
             at = at[:, None] + k[None, :]
             a = gather(x, at, pads, there[:, None], ok[:, None], (k < C)[None, :], WHOLE, FULL, SHIFTED)
         b = tl.load(weights + i * columns * BK)
-        total = tl.dot(a, b.T, total, out_dtype=tl.int32)
+        total = tl.dot(a, b.T, total, out_dtype=SUM)
     keep = ok[:, None] & live[None, :]
     if OW % P != 0:
         keep = keep & ((g[:, None] * P + place[None, :]) < OW)
@@ -237,6 +239,7 @@ def convolve_lines(
     A dilated convolution is a dense one of every DH-th line and every DW-th voxel: so far apart are the lines of a program, and the
     P voxels of a row.
     """
+    SUM: tl.constexpr = tl.int32 if x.dtype.element_ty == tl.int8 else tl.float32
     G: tl.constexpr = ((OW + DW - 1) // DW + P - 1) // P * DW
     HB: tl.constexpr = ((OH + DH - 1) // DH + LINES - 1) // LINES * DH
     KO: tl.constexpr = KW if MODE == "tap" else 1
@@ -268,7 +271,7 @@ def convolve_lines(
     WHOLE: tl.constexpr = (OD * HB * G) % BM == 0
     totals = ()
     for _ in tl.static_range(LINES):
-        totals = totals + (first_sums(start, channel, live, BM, BN, SHIFTED),)
+        totals = totals + (first_sums(start, channel, live, BM, BN, SHIFTED, SUM),)
     for i in tl.range(0, KD * KO * NB, num_stages=STAGES):
         k = (i % NB) * BK + kk
         tap = i // NB
@@ -290,7 +293,7 @@ def convolve_lines(
             summed_up = ()
             for t in tl.static_range(LINES):
                 if line - t >= 0 and line - t < KH:
-                    summed_up = summed_up + (tl.dot(a, taps[line - t], totals[t], out_dtype=tl.int32),)
+                    summed_up = summed_up + (tl.dot(a, taps[line - t], totals[t], out_dtype=SUM),)
                 else:
                     summed_up = summed_up + (totals[t],)
             totals = summed_up

@@ -25,19 +25,24 @@ def as_image(view: View) -> View | None:
 
 def convolve(assembly: Assembly, node: Node) -> None:
     """Conv."""
-    why = _why_float(assembly, node, axis=0) or _why_not_conv(assembly.network, node)
-    if why:
-        assembly.in_float(node, why)
+    why, why_not = _why_float(assembly, node, axis=0), _why_not_conv(assembly.network, node)
+    real = assembly.network.constant(node.inputs[1]) if why else None
+    if why_not or (why and real is None):
+        assembly.in_float(node, why or why_not)
         return
-    weight, multiplier = _integers(assembly, node, axis=0)
-    x = assembly.formed(assembly.view(node.inputs[0]), as_image)
+    if real is None:
+        weight, multiplier = _integers(assembly, node, axis=0)
+        x = assembly.formed(assembly.view(node.inputs[0]), as_image)
+    else:
+        weight, multiplier = real.astype(np.float32), np.ones(len(real), np.float32)
+        x = assembly.formed(assembly.as_float(node.inputs[0]), as_image)
     tail, bias = _tail(assembly, node, channel=1)
     epilogue = assembly.epilogue(tail, as_image)
     given = node.attributes
     strides, dilations, pads = (tuple(given.get(name, rest)) for name, rest in PLAIN)
-    out = assembly.store(tail)
+    out = assembly.store(tail, filled=epilogue.other is None or epilogue.other.spare > 0)
     assembly.emit(Convolve(node.name, out, x, weight, multiplier, bias, strides, dilations, pads, epilogue=epilogue))
-    assembly.layer(node)
+    assembly.layer(node, why)
 
 
 def upsample(assembly: Assembly, node: Node) -> None:

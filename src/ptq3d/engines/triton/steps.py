@@ -46,7 +46,8 @@ class View:
         step: the real value of one integer where `dtype` is int8, else 1.
         zero: the stored integer that stands for 0 where `dtype` is int8: real = (integer - zero) * step. A uint8 of the file with
             zero-point p is stored as an int8 smaller by 128, so that its zero is p - 128.
-        spare: values behind the channels of each row that are nobody else's and mean nothing: a step may write them.
+        spare: values behind the channels of each row that are nobody else's and mean nothing: a step may write them. Of fp16 they
+            are finite, since the step that makes the tensor writes them.
     """
 
     buffer: int
@@ -177,14 +178,14 @@ class Enter(Step):
 
 @dataclass(frozen=True, eq=False)
 class Convolve(Step):
-    """An INT8 convolution; a Linear is one with kernel 1 on a view `as_rows`.
+    """A convolution in INT8, or in FP16 with float32 sums; an INT8 Linear is one with kernel 1 on a view `as_rows`.
 
     v = float32(sum of x * weight) * multiplier + bias, then the epilogue.
 
     Args:
-        x: int8.
-        weight: (K, C / groups, kx, ky, kz) int8.
-        multiplier: (K,) float32, step of x times step of the weight.
+        x: int8 or fp16.
+        weight: (K, C / groups, kx, ky, kz), int8, or float32 that is rounded to float16, as x is.
+        multiplier: (K,) float32, step of x times step of the weight; 1 in FP16.
         bias: (K,) float32 or None.
         strides, dilations: for each axis.
         pads: x, y, z before, then x, y, z behind.
@@ -193,7 +194,7 @@ class Convolve(Step):
     """
 
     x: View
-    weight: npt.NDArray[np.int8]
+    weight: npt.NDArray[np.int8] | Floats
     multiplier: Floats
     bias: Floats | None = None
     strides: Triple = (1, 1, 1)

@@ -10,10 +10,11 @@ from ptq3d.engines.triton.rows import power_of_two
 SHARED_BYTES = 225_000  # of shared memory that a program of Hopper or Ampere data-centre GPUs may take
 
 
-def shared_bytes(tile: Tile, kernel_y: int) -> int:
+def shared_bytes(product: Product, tile: Tile) -> int:
     """What the pipeline of a tiling holds."""
-    lines, taps = (tile.lines + kernel_y - 1, kernel_y) if tile.lines > 1 else (1, 1)
-    return (lines * tile.rows + taps * tile.columns) * tile.run * tile.stages
+    kernel = product.kernel[1]
+    lines, taps = (tile.lines + kernel - 1, kernel) if tile.lines > 1 else (1, 1)
+    return (lines * tile.rows + taps * tile.columns) * tile.run * tile.stages * product.width
 
 
 def _wastes_little(product: Product, tile: Tile) -> bool:
@@ -44,6 +45,8 @@ SHORTLIST = tuple(
         ("line", 2, 2, 128, 64, 64, 2, 4),
         ("line", 2, 2, 64, 128, 64, 2, 4),
         ("line", 2, 4, 64, 64, 64, 2, 4),
+        ("line", 2, 4, 64, 64, 32, 2, 4),
+        ("line", 2, 2, 128, 64, 32, 2, 8),
         ("line", 2, 4, 256, 32, 32, 3, 8),
         ("line", 2, 4, 128, 32, 64, 2, 4),
     )
@@ -58,6 +61,6 @@ def worth_trying(product: Product) -> list[Tile]:
         narrow = replace(tile, columns=min(tile.columns, widest))
         suits = narrow.columns >= min(widest, 64) and (tile.group == 1 or product.channels[1] <= 64)
         suits = suits and fits(product, narrow) and _wastes_little(product, narrow)
-        if suits and shared_bytes(narrow, product.kernel[1]) <= SHARED_BYTES:
+        if suits and shared_bytes(product, narrow) <= SHARED_BYTES:
             found[narrow] = None
     return list(found) or [simple_tile(product)]

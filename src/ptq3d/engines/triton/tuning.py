@@ -17,13 +17,14 @@ from typing import Any
 import torch
 
 from ptq3d.cache import cache_folder
+from ptq3d.engines.triton.arena import TYPES
 from ptq3d.engines.triton.convolution import (
     Product,
     Tile,
     first_sums,
     flattened,
     launch_of,
-    packed_bytes,
+    packed_size,
     product_of,
     simple_tile,
 )
@@ -96,7 +97,7 @@ def fastest(step: Weighted, tiles: Sequence[Tile], place: Place) -> Tile:
     start = place.constant(first_sums(step))
     times: dict[Tile, float] = {}
     for tile in tiles:
-        weights = torch.randint(-127, 128, (packed_bytes(product, tile),), dtype=torch.int8, device=device)
+        weights = torch.randint(-127, 128, (packed_size(product, tile),), device=device).to(TYPES[step.x.dtype])
         times[tile] = measured(launch_of(step, place, tile, weights, start))
     best = min(times, key=lambda tile: times[tile])
     return best if times[best] < math.inf else simple_tile(product)

@@ -14,7 +14,7 @@ from ptq3d.engines.triton.steps import View
 
 IMAGE_ORDER = (0, 2, 3, 4, 1)
 WIDEST = 4096  # channels that axes may be joined to
-LANES = 16  # values of an INT8 image that a thread moves at once
+LANES = 16  # values of an image that a thread moves at once, or in two
 
 
 def canonical_order(rank: int) -> tuple[int, ...]:
@@ -23,14 +23,20 @@ def canonical_order(rank: int) -> tuple[int, ...]:
 
 
 def lanes(channels: int) -> int:
-    """C, and what fills a row of an INT8 image up, so that rows start where a thread can move 16 bytes, or all of a shorter row."""
+    """C, and what fills a row of an image up, so that rows start where a thread can move 16 bytes, or all of a shorter row."""
     return -(-channels // LANES) * LANES if channels > LANES else 1 << max(0, channels - 1).bit_length()
 
 
-def row_of(shape: Shape, dtype: str, order: Sequence[int]) -> int:
-    """Values from one row of a new tensor to the next: `lanes` of an INT8 image with its channels last, no more than needed of others."""
+def row_of(shape: Shape, dtype: str, order: Sequence[int], *, filled: bool = False) -> int:
+    """Values from one row of a new tensor to the next: `lanes` of an image with its channels last, no more than needed of others.
+
+    Args:
+        shape, dtype, order: of the tensor, the last axis of `order` innermost.
+        filled: what makes the tensor writes whole lanes; without that, FP16 images have rows of no more than needed, too.
+    """
     channels = shape[order[-1]]
-    return lanes(channels) if dtype == "int8" and tuple(order) == IMAGE_ORDER else channels
+    full = dtype == "int8" or (dtype == "fp16" and filled)
+    return lanes(channels) if full and tuple(order) == IMAGE_ORDER else channels
 
 
 def row_strides(shape: Shape, order: Sequence[int], row: int) -> tuple[int, ...]:

@@ -4,8 +4,8 @@
 
 Writes OUT/NAME.fp32.onnx and OUT/NAME.int8.onnx (target triton, no rescaled channels): the same network, since the weights of both are
 the integers that a seed gives, times their steps. Sizes are those of benchmarks/sizes.py for windows of 96^3; `mlperf` is the
-3D U-Net of MLPerf Inference on KiTS19 for windows of 128^3. A head that widens is left out of both, as engines run it. The
-number of windows is free where the network allows it.
+3D U-Net of MLPerf Inference on KiTS19 and `meshnet` one of Brainchop's MeshNets, for windows of 128^3. A head that widens is left
+out of both, as engines run it. The number of windows is free where the network allows it.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from ptq3d.quantization import calibration, planning
 from ptq3d.quantization.quantizer import Quantized, Recipe, quantize_graph
 from ptq3d.quantization.targets import get_target
 
-NAMES = ("unet", "nnunet", "segresnet", "transunet", "swinunetr", "mlperf")
-KITS_WINDOW = (128, 128, 128)
+NAMES = ("unet", "nnunet", "segresnet", "transunet", "swinunetr", "mlperf", "meshnet")
+LARGE_WINDOW = (128, 128, 128)
 FILTERS = (32, 64, 128, 256, 320)
 SHARES = np.array([1.0, 0.75, 1.25, 0.9], np.float32)  # of the spread of weights, channel after channel
 
@@ -69,6 +69,18 @@ class KitsUNet(nn.Module):
         for up, joined in zip(self.up, self.joined, strict=True):
             x = joined(torch.cat([up(x), levels.pop()], 1))
         return self.head(x)
+
+
+def mesh_net(channels: int = 30, classes: int = 18) -> nn.Sequential:
+    """Dilated convolutions of few channels, whose number no power of two divides.
+
+    Source: Fedorov et al. 2017, "End-to-end learning of brain tissue segmentation from imperfect labeling", in the sizes of
+    Brainchop's subcortical model.
+    """
+    made: list[nn.Module] = []
+    for dilation in (1, 2, 4, 8, 16, 8, 4, 2, 1):
+        made += [nn.Conv3d(channels if made else 1, channels, 3, 1, dilation, dilation), nn.ELU()]
+    return nn.Sequential(*made, nn.Conv3d(channels, classes, 1))
 
 
 def axes_of(model: ir.Model) -> dict[str, int]:
@@ -148,6 +160,9 @@ def pair(network: nn.Module, window: tuple[int, int, int]) -> tuple[dict[str, on
     return found, f"{said}; {why[0]}" if why[0] else said
 
 
+LARGE = {"mlperf": KitsUNet, "meshnet": mesh_net}
+
+
 def main() -> None:
     """Write the files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -158,7 +173,7 @@ def main() -> None:
     for name in options.names:
         began = perf_counter()
         torch.manual_seed(0)
-        network, window = (KitsUNet(), KITS_WINDOW) if name == "mlperf" else (build(name), WINDOW)
+        network, window = (LARGE[name](), LARGE_WINDOW) if name in LARGE else (build(name), WINDOW)
         found, said = pair(network, window)
         for kind, model in found.items():
             onnx.save(model, options.out / f"{name}.{kind}.onnx")

@@ -39,7 +39,7 @@ def table_of_steps(engine: Any, limits: dict[str, Any]) -> list[dict[str, Any]]:
     """Every step with what bounds it: the measured peak of its type, and the measured bandwidth."""
     rows = []
     for step, ms in engine.step_times():
-        integer = isinstance(step, (kinds.Convolve, kinds.Upsample))
+        integer = isinstance(step, (kinds.Convolve, kinds.Upsample)) and step.x.dtype == "int8"
         peak = limits["int8_measured" if integer else "fp16_measured"]
         macs, moved = macs_of(step), bytes_of(step)
         bounds = {"arithmetic": 2e3 * macs / peak, "bytes": 1e3 * moved / limits["bytes_measured"]}

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ptq3d.engines.operators import NUMBERS, OPERATORS
+from ptq3d.engines.triton.convolution import product_of
 from ptq3d.engines.triton.memory import lifetimes, place
 from ptq3d.engines.triton.program import Program
 from ptq3d.engines.triton.steps import (
@@ -125,6 +126,9 @@ def check(step: Step) -> None:
         assert step.weight.flags.c_contiguous
         assert step.multiplier.shape == (step.out.shape[1],)
         assert step.bias is None or step.bias.shape == (step.out.shape[1],)
+    if step.out.dtype == "fp16" and step.out.spare:  # others read it with weights of 0, and 0 times NaN is no 0
+        assert isinstance(step, Convolve)
+        assert product_of(step).channels[1] == step.out.channels + step.out.spare
     if isinstance(step, Pointwise | NormalizeRows | Normalize):
         assert step.x.shape == step.out.shape
         assert step.x.dtype in ("int8", "fp16")

@@ -281,6 +281,46 @@ def test_what_is_not_int8_is_told_with_its_reason() -> None:
     assert [type(step) for step in program.steps].count(Pointwise) < 12
 
 
+def biased(g: Graph, x: str, read: str) -> str:
+    """A convolution in floating point whose bias is the means of x."""
+    bias = g.reshape(g.add("Mul", g.add("GlobalAveragePool", x), g.constant(20.0)), 4)
+    return g.add("Conv", read, g.weight(4, 4, 3, 3, 3), bias, pads=[1] * 6)
+
+
+def of_integers_with_means(g: Graph) -> int:
+    x = g.q(g.add("Relu", g.conv8(g.q("image", 1 / 127), 1, 4)))
+    biased(g, x, x)
+    return 4
+
+
+def of_reals_with_means(g: Graph) -> int:
+    x = g.q(g.add("Relu", g.conv8(g.q("image", 1 / 127), 1, 4)))
+    biased(g, x, g.add("Sigmoid", x))
+    return 4
+
+
+def of_a_constant_with_means(g: Graph) -> int:
+    x = g.q(g.add("Relu", g.conv8(g.q("image", 1 / 127), 1, 4)))
+    g.add("Add", biased(g, x, g.weight(1, 4, 8, 12, 10)), x)
+    return 4
+
+
+def by_a_mean(g: Graph) -> int:
+    """By one number, a tensor without axes."""
+    x = g.q(g.add("Relu", g.conv8(g.q("image", 1 / 127), 1, 4)))
+    g.add("Mul", x, g.add("ReduceMean", x, keepdims=0))
+    return 4
+
+
+@pytest.mark.parametrize("build", [of_integers_with_means, of_reals_with_means, of_a_constant_with_means, by_a_mean])
+def test_what_only_pytorch_can_stays_with_it(build: Callable[[Graph], int]) -> None:
+    """A bias that is computed, a constant that is convolved."""
+    path, x = written(build), windows(1)
+    program, truth = lower(path, 1), wanted(path, x)
+    assert any(isinstance(step, Float) and step.op in ("Conv", "ReduceMean") for step in program.steps)
+    assert share_within(1, answers(program, x, wide=True), truth) == 1
+
+
 def test_a_fixed_batch_is_no_other() -> None:
     with pytest.raises(EngineError, match=r"takes 1 window at a time, and 2 were asked for: use --batch 1"):
         lower(small("unet"), 2)

@@ -37,9 +37,8 @@ class Arena:
         counts = [buffer.size * SLOTS if buffer.dtype == "int64" else 0 for buffer in program.buffers]
         self._starts = [0, *np.cumsum(counts).tolist()]
         require_memory(device, program.arena_bytes + 8 * self._starts[-1])
-        self._bytes = torch.empty(
-            program.arena_bytes + LANES, dtype=torch.int8, device=device
-        )  # the last row's are read whole
+        # LANES more, since a convolution may read whole lanes of the last row
+        self._bytes = torch.empty(program.arena_bytes + LANES, dtype=torch.int8, device=device)
         self._bytes.random_(-128, 128)  # tilings are timed on it: zeros take less power, and less time
         self._sums = torch.zeros(max(self._starts[-1], 1), dtype=torch.int64, device=device)
 

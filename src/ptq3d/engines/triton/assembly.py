@@ -81,8 +81,8 @@ class Assembly:
     ) -> View:
         """A new buffer for a tensor, with rows of `row_of`; `order` of its axes is the canonical one unless given."""
         order = canonical_order(len(shape)) if order is None else order
-        row, channels = row_of(shape, dtype, order, filled=filled), shape[order[-1]]
-        buffer = self.buffer(math.prod(shape) // channels * row, dtype)
+        row, channels = row_of(shape, dtype, order, filled=filled), math.prod(shape[axis] for axis in order[-1:])
+        buffer = self.buffer(math.prod(shape[axis] for axis in order[:-1]) * row, dtype)
         return View(buffer, 0, shape, row_strides(shape, order, row), dtype, *scale, row - channels)
 
     def copied(self, view: View, order: Sequence[int] | None = None, name: str = "copy") -> View:

@@ -77,8 +77,8 @@ class Product:
         return math.prod(self.factor)
 
     @property
-    def dense(self) -> bool:
-        """Whether strides are 1, and nothing is upsampled."""
+    def unstrided(self) -> bool:
+        """Whether neighbours of the output read neighbours of the input: strides are 1, and nothing is upsampled."""
         return self.strides == self.factor == (1, 1, 1)
 
 
@@ -94,17 +94,17 @@ def product_of(step: Convolve | Upsample) -> Product:
         factor = _triple(step.weight.shape[2:])
         return Product(size, size, _channels(step), one, one, one, (0, 0, 0), factor, BYTES["int8"])
     if step.groups != 1:
-        raise EngineError(f"'{step.name}' is a convolution of {step.groups} groups, which has no INT8 kernel.")
+        raise EngineError(f"'{step.name}' is a convolution of {step.groups} groups, which has no kernel.")
     kernel = _triple(step.weight.shape[2:])
     if max(kernel) > LARGEST_KERNEL:
-        raise EngineError(f"'{step.name}' has a kernel of {kernel}; the INT8 kernels take {LARGEST_KERNEL} at most.")
+        raise EngineError(f"'{step.name}' has a kernel of {kernel}; the kernels take {LARGEST_KERNEL} at most.")
     rows = _triple(step.out.shape[2:])
     pads, width = _triple(step.pads[:3]), BYTES[step.x.dtype]
     return Product(size, rows, _channels(step), kernel, step.strides, step.dilations, pads, one, width)
 
 
 def _channels(step: Convolve | Upsample) -> tuple[int, int]:
-    """How many channels of each row a step reads and writes."""
+    """How many channels of each row a step reads and writes; all of an FP16 row, which others rely on."""
     out, other = step.out, step.epilogue.other
     spare = out.spare if other is None or other.spare >= out.spare else 0
     return _read(step.x, step), out.channels + spare
@@ -228,7 +228,7 @@ def fits(product: Product, tile: Tile) -> bool:
     channels = product.channels[0]
     if not has_bits(product, tile) or (tile.mode != "tap" and _between(product, tile) > 1):
         return False
-    if tile.lines > 1 and not (product.dense and product.kernel[1] > 1 and tile.mode != "all"):
+    if tile.lines > 1 and not (product.unstrided and product.kernel[1] > 1 and tile.mode != "all"):
         return False
     if tile.group > 1 and (product.copies > 1 or tile.mode == "tap" or product.kernel[2] == 1):
         return False
@@ -346,12 +346,12 @@ def flattened(step: Convolve) -> Convolve:
     if step.sums is not None or step.weight.shape[2:] != (1, 1, 1) or step.strides != (1, 1, 1) or any(step.pads):
         return step
     other = step.epilogue.other
-    epilogue = replace(step.epilogue, other=None if other is None else _line(other))
-    return replace(step, x=_line(step.x), out=_line(step.out), epilogue=epilogue)
+    epilogue = replace(step.epilogue, other=None if other is None else _line(other, step))
+    return replace(step, x=_line(step.x, step), out=_line(step.out, step), epilogue=epilogue)
 
 
-def _line(view: View) -> View:
-    pitch = view.pitch or view.channels
+def _line(view: View, step: Convolve) -> View:
+    pitch = _pitch(view, step)
     shape = (1, view.channels, 1, 1, view.rows)
     total = view.rows * pitch
     return replace(view, shape=shape, strides=(total, 1, total, total, pitch))

@@ -212,7 +212,7 @@ def convolve(
         (d * UX * (OH * UY) + h * UY) * (OW * UZ) + g * (P * UZ), keep, place, channel,
         (rounded_step, other_step, out_step, low, high, last_low, last_high),
         y_pitch, other_pitch, K, biased, kind, rounds, adds, last, integers, once, even,
-            rounded_zero, other_zero, out_zero, WIDE,
+        rounded_zero, other_zero, out_zero, WIDE,
     )  # fmt: skip
     if summed > 0:
         add_sums(sums, tl.sum(q, axis=0), tl.sum(q * q, axis=0), channel, live, n, summed, SLOTS)

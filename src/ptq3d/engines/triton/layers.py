@@ -24,18 +24,14 @@ def as_image(view: View) -> View | None:
 
 
 def convolve(assembly: Assembly, node: Node) -> None:
-    """Conv."""
+    """Conv: in INT8, in our FP16 kernel where it only lacks integers, else by PyTorch."""
     why, why_not = _why_float(assembly, node, axis=0), _why_not_conv(assembly.network, node)
-    real = assembly.network.constant(node.inputs[1]) if why else None
-    if why_not or (why and real is None):
+    if why_not or (why and not _constant_but_input(assembly.network, node)):
         assembly.in_float(node, why or why_not)
         return
-    if real is None:
-        weight, multiplier = _integers(assembly, node, axis=0)
-        x = assembly.formed(assembly.view(node.inputs[0]), as_image)
-    else:
-        weight, multiplier = real.astype(np.float32), np.ones(len(real), np.float32)
-        x = assembly.formed(assembly.as_float(node.inputs[0]), as_image)
+    weight, multiplier = _reals(assembly, node) if why else _integers(assembly, node, axis=0)
+    x = assembly.as_float(node.inputs[0]) if why else assembly.view(node.inputs[0])
+    x = assembly.formed(x, as_image)
     tail, bias = _tail(assembly, node, channel=1)
     epilogue = assembly.epilogue(tail, as_image)
     given = node.attributes
@@ -149,6 +145,18 @@ def _integers(assembly: Assembly, node: Node, *, axis: int) -> tuple[npt.NDArray
     step = np.float32(assembly.view(node.inputs[0]).step)
     multiplier = np.broadcast_to(step * weight.step.reshape(-1), weight.q.shape[axis : axis + 1])
     return weight.q, np.array(multiplier, np.float32)
+
+
+def _constant_but_input(network: Network, node: Node) -> bool:
+    """Whether a layer's weights and bias are constants, and its input is not."""
+    given = [network.constant(name) is not None for name in node.inputs if name]
+    return not given[0] and all(given[1:])
+
+
+def _reals(assembly: Assembly, node: Node) -> tuple[Floats, Floats]:
+    """The weights of a layer in floating point, and a multiplier (K,) of 1."""
+    weight = np.asarray(assembly.network.constant(node.inputs[1]), np.float32)
+    return weight, np.ones(len(weight), np.float32)
 
 
 def _tail(assembly: Assembly, node: Node, *, channel: int) -> tuple[Tail, Floats | None]:

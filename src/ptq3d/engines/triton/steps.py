@@ -19,7 +19,7 @@ import numpy.typing as npt
 Dtype = Literal["int8", "fp16", "fp32"]
 BYTES: Mapping[str, int] = {"int8": 1, "fp16": 2, "fp32": 4, "int64": 8}
 Triple = tuple[int, int, int]
-LARGEST_KERNEL = 31  # of an INT8 convolution: offsets along an axis are bits of an int32
+LARGEST_KERNEL = 31  # of a convolution: offsets along an axis are bits of an int32
 Floats = npt.NDArray[np.float32]
 
 

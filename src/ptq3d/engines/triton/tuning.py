@@ -97,7 +97,8 @@ def fastest(step: Weighted, tiles: Sequence[Tile], place: Place) -> Tile:
     start = place.constant(first_sums(step))
     times: dict[Tile, float] = {}
     for tile in tiles:
-        weights = torch.randint(-127, 128, (packed_size(product, tile),), device=device).to(TYPES[step.x.dtype])
+        weights = torch.randint(-127, 128, (packed_size(product, tile),), dtype=torch.int8, device=device)
+        weights = weights.to(TYPES[step.x.dtype])
         times[tile] = measured(launch_of(step, place, tile, weights, start))
     best = min(times, key=lambda tile: times[tile])
     return best if times[best] < math.inf else simple_tile(product)

@@ -34,7 +34,7 @@ def row_of(shape: Shape, dtype: str, order: Sequence[int], *, filled: bool = Fal
         shape, dtype, order: of the tensor, the last axis of `order` innermost.
         filled: what makes the tensor writes whole lanes; without that, FP16 images have rows of no more than needed, too.
     """
-    channels = shape[order[-1]]
+    channels = shape[order[-1]] if shape else 1
     full = dtype == "int8" or (dtype == "fp16" and filled)
     return lanes(channels) if full and tuple(order) == IMAGE_ORDER else channels
 

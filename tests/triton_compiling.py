@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 
 from ptq3d.engines.triton.convolution import Tile, prepare_convolve
+from ptq3d.engines.triton.heads import prepare_attend
 from ptq3d.engines.triton.normalization import prepare_normalize, prepare_normalize_rows
 from ptq3d.engines.triton.place import Launch
 from ptq3d.engines.triton.pointwise import prepare_enter, prepare_pointwise
 from ptq3d.engines.triton.sampling import prepare_pool, prepare_resize
 from ptq3d.engines.triton.steps import (
     Activation,
+    Attend,
     Convolve,
     Enter,
     Epilogue,
@@ -116,6 +118,9 @@ def launches(channel_counts: Iterable[int]) -> dict[str, Launch]:
             found[f"pool {kind} {channels}"] = prepare_pool(pool, place).all[0]
         for mode in ("nearest", "linear"):
             found[f"resize {mode} {channels}"] = prepare_resize(Resize("", x, small, mode), place).all[0]
+    heads = View(0, 0, (343, 3, 343, 16), (49392, 16, 144, 1), "fp16")
+    mask = np.zeros((1, 3, 343, 343), np.float32)
+    found["attend"] = prepare_attend(Attend("", heads, heads, heads, heads, 0.25, mask), place).all[0]
     for channels in (1, 4):
         strides = (channels * 64**3, 64**3, 64**2, 64, 1)
         first = View(0, 0, (1, channels, 64, 64, 64), strides, "fp32")

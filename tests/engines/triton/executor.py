@@ -137,6 +137,8 @@ def check(step: Step) -> None:
         assert step.zeros is None or step.zeros.scale == step.out.scale
     if isinstance(step, Attend):
         assert all(view.dtype == "fp16" for view in step.reads)
+        assert all(len(view.shape) == 4 for view in views)
+        assert all(view.strides[3] == 1 or view.shape[3] == 1 for view in step.reads)
     assert all(-128 <= view.zero <= 127 if view.dtype == "int8" else view.scale == (1, 0) for view in views)
     assert all(view.dtype != "fp32" for view in step.reads) or isinstance(step, Enter)
     assert epilogue is None or epilogue.other is None or epilogue.other.shape == step.out.shape
@@ -241,7 +243,7 @@ def attend(run: Executor, step: Attend) -> None:
     scores = query @ key.transpose(-1, -2) * step.scale
     if step.mask is not None:
         scores = scores + torch.from_numpy(step.mask)
-    run.seen(step.out).copy_(scores.softmax(-1) @ value)
+    run.finish(scores.softmax(-1) @ value, step)
 
 
 def move(run: Executor, step: Move) -> None:

@@ -266,6 +266,27 @@ def test_attention_is_one_step_with_its_scale_and_masks() -> None:
     assert all("attention" in layer.why for layer in floats)
 
 
+@pytest.mark.parametrize("front", [(4,), (2, 2), (2, 1, 2)])
+def test_attention_of_any_number_of_axes(front: tuple[int, ...]) -> None:
+    """Its answer is rounded as it leaves the kernel, though it is moved before it is rounded."""
+
+    def build(g: Graph) -> int:
+        x = g.q(g.conv8(g.q("image", 1 / 127), 1, 12))
+        tokens = g.reshape(x, *front, 3, 960)
+        read = g.add("Transpose", tokens, perm=[*range(len(front)), len(front) + 1, len(front)])
+        scores = g.add("Add", g.add("MatMul", read, tokens), g.weight(front[-1], 1, 960))
+        mixed = g.add("MatMul", g.add("Softmax", scores, axis=-1), read)
+        turned = g.add("Transpose", mixed, perm=[*range(len(front)), len(front) + 1, len(front)])
+        g.conv8(g.q(g.reshape(turned, 1, 12, 8, 12, 10)), 12, 3, 1)
+        return 3
+
+    path, x = written(build), windows(1)
+    program, truth = lower(path, 1), wanted(path, x)
+    (step,) = [step for step in program.steps if isinstance(step, Attend)]
+    assert step.out.dtype == "int8"
+    assert share_within(AHEAD, answers(program, x), truth) >= 0.999
+
+
 def test_rows_are_copied_only_where_values_change_places() -> None:
     """Four times to roll along each axis and pad; to cut and to mend windows, and four pieces to merge."""
     moves = [step for step in lower(written(windowed), 1).steps if isinstance(step, Move)]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
+from ptq3d.engines.triton import tails
 from ptq3d.engines.triton.assembly import Assembly
-from ptq3d.engines.triton.network import Array, Network, Node
-from ptq3d.engines.triton.steps import Attend, Floats
+from ptq3d.engines.triton.network import Array, Network, Node, Shape
+from ptq3d.engines.triton.steps import Attend, Floats, View
 from ptq3d.engines.triton.tails import Tail
-from ptq3d.engines.triton.views import permuted
+from ptq3d.engines.triton.views import permuted, reshaped
+
+FOUR = 4  # axes that the kernel knows: samples, heads, tokens, channels
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,14 +114,39 @@ def _unscaled(network: Network, name: str) -> tuple[str, float, tuple[Node, ...]
     return source, _factor(node, values), (node,)
 
 
+def _four(view: View) -> View | None:
+    """(..., tokens, C) as (B, heads, tokens, C); None where that takes a copy."""
+    *front, heads, tokens, channels = view.shape
+    return reshaped(view, (math.prod(front), heads, tokens, channels))
+
+
+def _heads(view: View) -> View | None:
+    """The same with channels side by side."""
+    seen = _four(view)
+    return seen if seen is not None and (seen.strides[3] == 1 or seen.shape[3] == 1) else None
+
+
+def _mask(mask: Floats | None, front: Shape) -> Floats | None:
+    """A mask that broadcasts to (*front, tokens, keys), with four axes."""
+    if mask is None:
+        return None
+    mask = mask.reshape((1,) * (len(front) + 2 - mask.ndim) + mask.shape)
+    if len(front) <= FOUR - 2:
+        return mask.reshape((1,) * (FOUR - mask.ndim) + mask.shape)
+    whole = np.broadcast_to(mask, (*front, *mask.shape[-2:]))
+    return np.array(whole).reshape(-1, front[-1], *mask.shape[-2:])
+
+
 def attend(assembly: Assembly, node: Node, attention: Attention) -> None:
     """One step for an attention; its heads lie as the Transpose behind it wants them."""
-    query, key, value = (assembly.as_float(name) for name in (attention.query, attention.key, attention.value))
-    rank = len(query.shape)
+    views = [assembly.as_float(name) for name in (attention.query, attention.key, attention.value)]
+    rank, front = len(views[0].shape), views[0].shape[:-2]
+    views[1] = permuted(views[1], (*range(rank - 2), rank - 1, rank - 2))
+    query, key, value = (assembly.formed(view, _heads, range(rank)) for view in views)
     following = assembly.network.sole_reader(node.out)
     order = following.attributes.get("perm") if following is not None and following.op == "Transpose" else None
-    out = assembly.store(Tail((node.out,)), order)
-    turned = permuted(key, (*range(rank - 2), rank - 1, rank - 2))
-    assembly.emit(Attend(node.name, out, query, turned, value, attention.scale, attention.mask))
+    tail = tails.settle(assembly.network, node.out, Tail(()))
+    out = assembly.target(tail, _four, order if rank <= FOUR else range(rank))
+    assembly.emit(Attend(node.name, out, query, key, value, attention.scale, _mask(attention.mask, front)))
     for layer in (attention.scores, node):
         assembly.layer(layer, "it is a product of two activations: attention runs in FP16")

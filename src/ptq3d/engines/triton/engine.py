@@ -17,7 +17,8 @@ from torch import Tensor
 from ptq3d.engines.base import EngineSpec, LayerReport, Windows, batches, head_layer, require_windows
 from ptq3d.engines.triton.arena import Arena
 from ptq3d.engines.triton.convolution import prepare_convolve
-from ptq3d.engines.triton.floats import prepare_attend, prepare_float
+from ptq3d.engines.triton.floats import prepare_float
+from ptq3d.engines.triton.heads import prepare_attend
 from ptq3d.engines.triton.keys import fix_keys
 from ptq3d.engines.triton.lowering import lower
 from ptq3d.engines.triton.normalization import prepare_normalize, prepare_normalize_rows

@@ -1,4 +1,4 @@
-"""Steps that PyTorch runs in FP16: operators without an INT8 kernel, and attention."""
+"""Steps that PyTorch runs in FP16: operators without a kernel."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ptq3d.engines.operators import NUMBERS, OPERATORS
 from ptq3d.engines.triton.place import Place
-from ptq3d.engines.triton.steps import Attend, Float, View
+from ptq3d.engines.triton.steps import Float, View
 from ptq3d.errors import EngineError
 
 
@@ -56,20 +55,3 @@ def _leave(values: Tensor, out: Tensor, view: View, *, precise: bool) -> None:
     if view.dtype == "int8":
         values = torch.round(values.float() / view.step).add_(view.zero).clamp_(-128, 127)
     out.copy_(values.float() if precise else values)
-
-
-def prepare_attend(step: Attend, place: Place) -> Callable[[], None]:
-    """The run of an attention: softmax(query @ key^T * scale + mask) @ value.
-
-    Source: `torch.nn.functional.scaled_dot_product_attention`.
-    """
-    query, key, value = (place.view(view) for view in (step.query, step.key, step.value))
-    mask = None if step.mask is None else place.constant(step.mask).half()
-    out, precise = place.view(step.out), step.out.dtype == "fp32"
-
-    def run() -> None:
-        with torch.inference_mode():
-            attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=step.scale)
-            _leave(attended, out, step.out, precise=precise)
-
-    return run

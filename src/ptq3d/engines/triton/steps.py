@@ -315,12 +315,13 @@ class Resize(Step):
 
 @dataclass(frozen=True, eq=False)
 class Attend(Step):
-    """softmax(query @ key^T * scale + mask) @ value, in FP16 with PyTorch's kernels.
+    """softmax(query @ key^T * scale + mask) @ value, products of FP16 and scores in float32.
 
     Args:
-        query, key, value: (..., tokens, C) fp16, heads in front; any strides.
+        out: (B, heads, tokens, C), any strides; int8, fp16 or fp32.
+        query, key, value: (B, heads, tokens, C) fp16, channels side by side.
         scale: of the scores.
-        mask: float32, of a shape that broadcasts to the scores; or None.
+        mask: (B or 1, heads or 1, tokens or 1, tokens) float32, rounded to FP16; or None.
     """
 
     query: View

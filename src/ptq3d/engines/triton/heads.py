@@ -14,7 +14,7 @@ from ptq3d.engines.triton.place import OWN_BLOCKS, Blocks, Launch, Launches, Pla
 from ptq3d.engines.triton.rows import power_of_two
 from ptq3d.engines.triton.steps import Attend, Floats
 
-QUERIES, KEYS = 64, 64  # of a program, and of one of its steps
+QUERIES, KEYS = 64, 32  # of a program, and of one of its steps
 MASK_ROW = 16  # values that a row of the mask is a multiple of, so that a thread loads 16 bytes
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from ptq3d.engines.triton.convolution import Product, Tile, columns_of, fits, simple_tile
 from ptq3d.engines.triton.rows import power_of_two
+from ptq3d.engines.triton.views import LANES
 
 SHARED_BYTES = 225_000  # of shared memory that a program of Hopper or Ampere data-centre GPUs may take
 
@@ -31,6 +32,7 @@ SHORTLIST = tuple(
         ("all", 1, 1, 128, 64, 128, 4, 4),
         ("all", 1, 1, 128, 64, 32, 2, 4),
         ("all", 1, 1, 128, 32, 32, 2, 4),
+        ("all", 4, 1, 128, 64, 64, 2, 4),
         ("tap", 1, 1, 128, 128, 128, 3, 4),
         ("tap", 1, 1, 128, 64, 128, 3, 4),
         ("tap", 1, 1, 128, 64, 64, 4, 4),
@@ -61,6 +63,7 @@ def worth_trying(product: Product) -> list[Tile]:
         widest = max(power_of_two(product.channels[1] * product.copies * tile.group), 16)
         narrow = replace(tile, columns=min(tile.columns, widest))
         suits = narrow.columns >= min(widest, 64) and (tile.group == 1 or product.channels[1] <= 64)
+        suits = suits and (tile.group == 1 or tile.mode == "line" or product.channels[0] < LANES)
         suits = suits and fits(product, narrow) and _wastes_little(product, narrow)
         if suits and shared_bytes(product, narrow) <= SHARED_BYTES:
             found[narrow] = None

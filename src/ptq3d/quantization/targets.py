@@ -170,8 +170,8 @@ TARGETS: Mapping[str, Target] = {
             frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"}),
             False,
             "kernels of our own, which pad with the zero-point and start their sums at minus zero-point times the weights; every "
-            "tensor between the first and the last layer stays INT8, but for what layers in FP16 read and for attention, which "
-            "PyTorch's FP16 kernels compute without storing its scores",
+            "tensor between the first and the last layer stays INT8, but for what layers in FP16 read and for attention, "
+            "which one kernel computes in FP16 without storing its scores",
             outputs=frozenset(
                 {"Conv", "ConvTranspose", "Gemm", "MatMul", "Concat", "Add", "Sub", "Mul", "Resize", "AveragePool"}
                 | {"InstanceNormalization", "GroupNormalization", "LayerNormalization", "BatchNormalization"}

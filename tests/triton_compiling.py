@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ptq3d.engines.triton.convolution import Tile, prepare_convolve
+from ptq3d.engines.triton.convolution import prepare_convolve
 from ptq3d.engines.triton.heads import prepare_attend
 from ptq3d.engines.triton.normalization import prepare_normalize, prepare_normalize_rows
 from ptq3d.engines.triton.place import Launch
 from ptq3d.engines.triton.pointwise import prepare_enter, prepare_pointwise
+from ptq3d.engines.triton.products import Tile
 from ptq3d.engines.triton.sampling import prepare_pool, prepare_resize
 from ptq3d.engines.triton.steps import (
     Activation,

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ptq3d.engines.operators import NUMBERS, OPERATORS
-from ptq3d.engines.triton.convolution import product_of
 from ptq3d.engines.triton.memory import lifetimes, place
+from ptq3d.engines.triton.products import product_of
 from ptq3d.engines.triton.program import Program
 from ptq3d.engines.triton.steps import (
     PLAIN_EPILOGUE,

@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ptq3d.engines.triton.convolution import Tile, fits, packed, prepare_convolve, product_of, simple_tile
+from ptq3d.engines.triton.convolution import prepare_convolve
+from ptq3d.engines.triton.packing import packed
 from ptq3d.engines.triton.place import SLOTS
+from ptq3d.engines.triton.products import Tile, fits, product_of, simple_tile
 from ptq3d.engines.triton.steps import Activation, Convolve, Epilogue, Upsample, View
 from ptq3d.engines.triton.tiles import worth_trying
 from ptq3d.engines.triton.views import lanes

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from ptq3d.engines.triton import tuning
-from ptq3d.engines.triton.convolution import Tile, simple_tile
 from ptq3d.engines.triton.place import Place
+from ptq3d.engines.triton.products import Tile, simple_tile
 from ptq3d.engines.triton.steps import Convolve
 from ptq3d.engines.triton.tiles import worth_trying
 from ptq3d.errors import EngineError

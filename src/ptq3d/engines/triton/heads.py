@@ -56,8 +56,8 @@ def prepare_attend(step: Attend, place: Place, *, blocks: Blocks = OWN_BLOCKS) -
         "BLOCK_C": max(16, power_of_two(channels)),
         "BLOCK_D": max(16, power_of_two(step.value.shape[3])),
     }
-    grid = (-(-tokens // queries), batch * heads)
-    return Launches((Launch(_attend, grid, arguments, blocks.get("num_warps", 4)),))
+    grid = -(-tokens // queries) * batch * heads  # along the axis that has room for any number
+    return Launches((Launch(_attend, (grid,), arguments, blocks.get("num_warps", 4)),))
 
 
 NAMES = ("query", "key", "value")
@@ -88,9 +88,11 @@ def _attend(
     TOKENS: tl.constexpr, READ: tl.constexpr, C: tl.constexpr, D: tl.constexpr, MASK_ROW: tl.constexpr, INTEGERS: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
-    b = (tl.program_id(1) // heads).to(tl.int64)
-    h = (tl.program_id(1) % heads).to(tl.int64)
+    BLOCKS: tl.constexpr = (TOKENS + QUERIES - 1) // QUERIES
+    row = (tl.program_id(0) % BLOCKS) * QUERIES + tl.arange(0, QUERIES)
+    head = tl.program_id(0) // BLOCKS
+    b = (head // heads).to(tl.int64)
+    h = (head % heads).to(tl.int64)
     c = tl.arange(0, BLOCK_C)
     d = tl.arange(0, BLOCK_D)
     ok = row < TOKENS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ptq3d.engines.triton.convolution import Product, Tile, columns_of, fits, simple_tile
+from ptq3d.engines.triton.products import Product, Tile, columns_of, fits, simple_tile
 from ptq3d.engines.triton.rows import power_of_two
 from ptq3d.engines.triton.views import LANES
 

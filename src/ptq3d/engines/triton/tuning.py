@@ -18,17 +18,10 @@ import torch
 
 from ptq3d.cache import cache_folder
 from ptq3d.engines.triton.arena import TYPES
-from ptq3d.engines.triton.convolution import (
-    Product,
-    Tile,
-    first_sums,
-    flattened,
-    launch_of,
-    packed_size,
-    product_of,
-    simple_tile,
-)
+from ptq3d.engines.triton.convolution import flattened, launch_of
+from ptq3d.engines.triton.packing import first_sums, packed_size
 from ptq3d.engines.triton.place import Launch, Place
+from ptq3d.engines.triton.products import Product, Tile, product_of, simple_tile
 from ptq3d.engines.triton.steps import Convolve, Upsample
 from ptq3d.engines.triton.tiles import worth_trying
 from ptq3d.errors import EngineError, line_of

@@ -139,6 +139,9 @@ def check(step: Step) -> None:
         assert all(view.dtype == "fp16" for view in step.reads)
         assert all(len(view.shape) == 4 for view in views)
         assert all(view.strides[3] == 1 or view.shape[3] == 1 for view in step.reads)
+        scores = (*step.query.shape[:3], step.key.shape[2])
+        assert step.mask is None or step.mask.shape[3] == scores[3]
+        assert step.mask is None or all(size in (1, whole) for size, whole in zip(step.mask.shape, scores, strict=True))
     assert all(-128 <= view.zero <= 127 if view.dtype == "int8" else view.scale == (1, 0) for view in views)
     assert all(view.dtype != "fp32" for view in step.reads) or isinstance(step, Enter)
     assert epilogue is None or epilogue.other is None or epilogue.other.shape == step.out.shape

@@ -266,15 +266,16 @@ def test_attention_is_one_step_with_its_scale_and_masks() -> None:
     assert all("attention" in layer.why for layer in floats)
 
 
-@pytest.mark.parametrize("front", [(4,), (2, 2), (2, 1, 2)])
-def test_attention_of_any_number_of_axes(front: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("mask", [(2, 1, 960), (960, 1), (1,), (960, 960)])
+@pytest.mark.parametrize("front", [(2,), (2, 2), (2, 1, 2)])
+def test_attention_of_any_number_of_axes(front: tuple[int, ...], mask: tuple[int, ...]) -> None:
     """Its answer is rounded as it leaves the kernel, though it is moved before it is rounded."""
 
     def build(g: Graph) -> int:
         x = g.q(g.conv8(g.q("image", 1 / 127), 1, 12))
-        tokens = g.reshape(x, *front, 3, 960)
+        tokens = g.reshape(x, *front, 12 // int(np.prod(front)), 960)
         read = g.add("Transpose", tokens, perm=[*range(len(front)), len(front) + 1, len(front)])
-        scores = g.add("Add", g.add("MatMul", read, tokens), g.weight(front[-1], 1, 960))
+        scores = g.add("Add", g.add("MatMul", read, tokens), g.weight(*mask))
         mixed = g.add("MatMul", g.add("Softmax", scores, axis=-1), read)
         turned = g.add("Transpose", mixed, perm=[*range(len(front)), len(front) + 1, len(front)])
         g.conv8(g.q(g.reshape(turned, 1, 12, 8, 12, 10)), 12, 3, 1)

@@ -126,10 +126,11 @@ def _heads(view: View) -> View | None:
     return seen if seen is not None and (seen.strides[3] == 1 or seen.shape[3] == 1) else None
 
 
-def _mask(mask: Floats | None, front: Shape) -> Floats | None:
-    """A mask that broadcasts to (*front, tokens, keys), with four axes."""
+def _mask(mask: Floats | None, front: Shape, keys: int) -> Floats | None:
+    """A mask that broadcasts to (*front, tokens, keys), with four axes, the last of them whole."""
     if mask is None:
         return None
+    mask = np.array(np.broadcast_to(mask, (*mask.shape[:-1], keys)))
     mask = mask.reshape((1,) * (len(front) + 2 - mask.ndim) + mask.shape)
     if len(front) <= FOUR - 2:
         return mask.reshape((1,) * (FOUR - mask.ndim) + mask.shape)
@@ -147,6 +148,8 @@ def attend(assembly: Assembly, node: Node, attention: Attention) -> None:
     order = following.attributes.get("perm") if following is not None and following.op == "Transpose" else None
     tail = tails.settle(assembly.network, node.out, Tail(()))
     out = assembly.target(tail, _four, order if rank <= FOUR else range(rank))
-    assembly.emit(Attend(node.name, out, query, key, value, attention.scale, _mask(attention.mask, front)))
+    assembly.emit(
+        Attend(node.name, out, query, key, value, attention.scale, _mask(attention.mask, front, key.shape[2]))
+    )
     for layer in (attention.scores, node):
         assembly.layer(layer, "it is a product of two activations: attention runs in FP16")

@@ -42,10 +42,8 @@ NAMES = ("unet", "nnunet", "segresnet", "transunet", "swinunetr", "mlperf", "mes
 DATASHEET = {"H100": 1979e12, "H200": 1979e12}  # dense INT8 operations a second, SXM; NVIDIA's data sheets
 REPLAYS, WARM = 25, 5
 LIMIT_S = 420  # for one network, compiling included
-CASES = {
-    "mlperf": (320, 320, 200),
-    "meshnet": (256, 256, 256),
-}  # voxels; all others have a CT of the abdomen at 1.5 x 1.5 x 2 mm
+# voxels; all others have a CT of the abdomen at 1.5 x 1.5 x 2 mm
+CASES = {"mlperf": (320, 320, 200), "meshnet": (256, 256, 256)}
 CASE = (158, 198, 164)
 FAILURES = (
     RuntimeError,
